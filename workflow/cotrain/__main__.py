@@ -1,0 +1,55 @@
+"""The `cotrain` command: one sub-command for each step of the workflow."""
+
+import argparse
+import importlib
+import sys
+
+from cotrain.errors import InputError
+
+COMMANDS = {
+    "check-data": ("cotrain.data_check", "open every image and label, report all problems"),
+    "plan": ("cotrain.plan", "let nnU-Net plan on the labelled cases"),
+    "preprocess": ("cotrain.preprocess", "preprocess cases onto the planned grid"),
+    "fetch-weights": ("cotrain.weights", "get pretrained weights of a 2D encoder as a file"),
+    "train": ("cotrain.training", "train one network for one round"),
+    "infer": ("cotrain.inference", "infer masks of cases by sliding window"),
+    "merge": ("cotrain.merge", "average the probabilities of two mask sets"),
+    "audit": ("cotrain.audit", "decide which masks a network may learn from"),
+    "overlays": ("cotrain.pictures:overlays", "make a page of pictures of audited masks"),
+    "evaluate": ("cotrain.evaluate", "score masks against labels"),
+    "summarise": ("cotrain.summary", "write the table and plots of an experiment"),
+    "montage": ("cotrain.pictures:montage", "show one case through the rounds"),
+    "export": ("cotrain.export", "write a model folder for stock nnUNetv2_predict"),
+    "status": ("cotrain.status", "print what is done, running and waiting"),
+    "make-table": ("cotrain.make_table", "make a case table from folders of images"),
+    "make-demo-data": ("cotrain.demo_data", "make the demo's subjects from the ICBM152 template"),
+    "schema": ("cotrain.schema", "print the JSON schema of the settings"),
+}
+"""Command name → (module, help). A module is imported only when its command is called."""
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run one command; return 0, or 2 after an error that the user can mend."""
+    words = sys.argv[1:] if words is None else words
+    parser = argparse.ArgumentParser(prog="cotrain", description=__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    called = words[0] if words else None
+    for name, (where, help_text) in COMMANDS.items():
+        command = commands.add_parser(name, help=help_text, description=help_text)
+        if name == called:
+            module_name, _, prefix = where.partition(":")
+            module = importlib.import_module(module_name)
+            suffix = f"_{prefix}" if prefix else ""
+            getattr(module, f"add{suffix}_arguments")(command)
+            command.set_defaults(run=getattr(module, f"run{suffix}"))
+    arguments = parser.parse_args(words)
+    try:
+        arguments.run(arguments)
+    except InputError as error:
+        print(f"cotrain {called}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

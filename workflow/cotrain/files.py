@@ -1,0 +1,72 @@
+"""Reading and writing of small files: in, a path; out, a whole file or none."""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+
+from cotrain.errors import InputError
+
+
+@contextmanager
+def write_atomically(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` when the block ends well.
+
+    The temporary name keeps the suffixes of `path`, because NIfTI and Blosc2 writers choose the
+    format by them. After an error the temporary file is removed and `path` is as it was before.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(text: str, path: str | Path) -> None:
+    """Write `text` to `path` in one step."""
+    with write_atomically(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(content: dict, path: str | Path) -> None:
+    """Write `content` to `path` as indented JSON in one step."""
+    write_text(json.dumps(content, indent=2) + "\n", path)
+
+
+def sha256_of(path: str | Path) -> str:
+    """Return the SHA-256 of a file's bytes as 64 hex digits."""
+    with open(path, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """Read a TSV (or a CSV, by its name) with every column as text; an empty cell is ''.
+
+    Lines that start with # are comments; a # elsewhere is part of its cell.
+
+    Raises InputError where the file is missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"The table {path} does not exist; give the path of a TSV or CSV file.")
+    separator = "," if path.suffix == ".csv" else "\t"
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    return pd.read_csv(
+        io.StringIO("\n".join(lines)), sep=separator, dtype=str, keep_default_na=False
+    )
+
+
+def write_table(frame: pd.DataFrame, path: str | Path) -> None:
+    """Write `frame` as TSV without its index, in one step."""
+    with write_atomically(path) as temporary:
+        frame.to_csv(temporary, sep="\t", index=False)

