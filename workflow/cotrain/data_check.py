@@ -1,0 +1,624 @@
+"""Command `check-data`: in, the user's case table; out, checked tables and a page about the data.
+
+Every image and label is opened once. All problems are collected and end in one error; only sound
+data give `labelled.tsv`, `unlabelled.tsv`, `test.tsv`, `dataset.tsv` and `dataset_report.html`.
+"""
+
+import argparse
+import base64
+import hashlib
+import html
+import io
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import nibabel
+import numpy as np
+import pandas as pd
+
+from cotrain.cases import COLUMNS, SPLITS, read_cases
+from cotrain.errors import InputError
+from cotrain.files import write_table, write_text
+from cotrain.nifti import (
+    check_image,
+    check_same_grid,
+    orientation,
+    read_labels,
+    spacing_mm,
+    voxel_volume_ml,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MAX_PROBLEMS_SHOWN = 20
+MAX_LABELLED_PICTURES = 60
+MAX_UNLABELLED_PICTURES = 6
+MAX_PICTURE_PIXELS = 256
+SPACING_RATIO = 2
+INTENSITY_RATIO = 100
+INTENSITIES = ("min", "p00_5", "p50", "p99_5", "max", "mean")
+SUMMARISED_INTENSITIES = {
+    "p00_5": "0.5th percentile",
+    "p50": "median",
+    "p99_5": "99.5th percentile",
+}
+LABEL_COLOURS = ("#ff3b30", "#34c759", "#0a84ff", "#ffcc00", "#bf5af2", "#64d2ff", "#ff9f0a")
+POOL_TRAIN_ONLY = "Pseudo-masks are made for the unlabelled cases only (pool: train_only)."
+POOL_TRANSDUCTIVE = (
+    "Pseudo-masks are made for the unlabelled and for the test cases (pool: transductive): the "
+    "networks see test images, never their labels, so scores are not those of unseen cases."
+)
+SPLIT_COLOURS = {"labelled": "#0072b2", "unlabelled": "#e69f00", "test": "#777777"}
+
+
+@dataclass
+class Picture:
+    """A slice to draw: `image` and `labels` are `(V, H)` uint8, `aspect` is V's mm over H's."""
+
+    image: np.ndarray
+    labels: np.ndarray | None
+    aspect: float
+    where: str
+
+
+@dataclass
+class Case:
+    """What was found in the files of a case; where there are problems, what could be found."""
+
+    name: str
+    split: str
+    problems: list[str] = field(default_factory=list)
+    shape: tuple[int, ...] = ()
+    spacing_mm: tuple[float, ...] = ()
+    spacing_ras_mm: tuple[float, ...] = ()
+    orientation: str = ""
+    has_orientation_code: bool = True
+    voxels_hash: str = ""
+    intensities: list[dict[str, float]] = field(default_factory=list)
+    volumes_ml: dict[str, float] | None = None
+    unknown_values: dict[int, str] = field(default_factory=dict)
+    picture: Picture | None = None
+
+
+def examined(task: tuple[dict[str, str], bool], *, labels: Mapping[str, int]) -> Case:
+    """Open the files of a case; the task is a row of the case table and whether to draw it.
+
+    Problems with a file become sentences in `Case.problems`; nothing is raised for them.
+    """
+    row, wants_picture = task
+    case = Case(name=row["case"], split=row["split"])
+
+    def tried(function: Callable[..., Any], *paths: str) -> Any:
+        try:
+            return function(*paths)
+        except InputError as error:
+            case.problems.append(f"case {case.name}: {error}")
+            return None
+
+    channels = row["image"].split(";")
+    first = tried(check_image, channels[0])
+    digest = hashlib.blake2b(digest_size=16)
+    if first is not None:
+        array, affine, header = first
+        case.shape = array.shape
+        case.spacing_mm = spacing_mm(affine)
+        case.spacing_ras_mm = tuple(case.spacing_mm[axis] for axis in _axes_in_ras_order(affine))
+        case.orientation = orientation(affine)
+        case.has_orientation_code = bool(header["sform_code"] > 0 or header["qform_code"] > 0)
+        _add_channel(case, array, digest)
+    for path in channels[1:]:
+        channel = tried(check_image, path)
+        if channel is not None:
+            _add_channel(case, channel[0], digest)
+            if first is not None:
+                tried(check_same_grid, channels[0], path)
+    values = None
+    if row["label"]:
+        label = tried(read_labels, row["label"])
+        if label is not None:
+            values, label_affine, _ = label
+            _add_volumes(case, values, row["label"], voxel_volume_ml(label_affine), labels)
+            if first is not None:
+                tried(check_same_grid, channels[0], row["label"])
+    if not case.problems:
+        case.voxels_hash = digest.hexdigest()
+        if wants_picture:
+            shown = values if case.split == "labelled" else None
+            case.picture = _picture(array, shown, affine, case.intensities[0])
+    return case
+
+
+def problems_of(cases: Sequence[Case], labels: Mapping[str, int]) -> list[str]:
+    """Return every problem as a sentence: those of the whole set first, as they explain others."""
+    problems = []
+    known = ", ".join(["background=0", *(f"{name}={value}" for name, value in labels.items())])
+    for value in sorted({value for case in cases for value in case.unknown_values}):
+        holders = [case for case in cases if value in case.unknown_values]
+        others = f" (and {len(holders) - 1} more cases)" if len(holders) > 1 else ""
+        problems.append(
+            f"case {holders[0].name}{others}: {holders[0].unknown_values[value]} holds the label "
+            f"value {value}, and the known labels are {known}; add it to the settings or correct "
+            "the file."
+        )
+    labelled = [case for case in cases if case.split == "labelled"]
+    # a label file that could not be read may hold the label that seems to be missing
+    if all(case.volumes_ml is not None for case in labelled):
+        for name, value in labels.items():
+            if not any(case.volumes_ml[name] > 0 for case in labelled):
+                problems.append(
+                    f"the label {name} (value {value}) is in none of the {len(labelled)} labelled "
+                    "cases; remove it from the settings, or label a case that has it."
+                )
+    seen: dict[str, Case] = {}
+    for case in cases:
+        twin = seen.setdefault(case.voxels_hash, case) if case.voxels_hash else case
+        if twin is not case:
+            problems.append(
+                f"{twin.split} case {twin.name} and {case.split} case {case.name} hold the same "
+                "voxels; remove one of them from the table."
+            )
+    return problems + [problem for case in cases for problem in case.problems]
+
+
+def warnings_of(cases: Sequence[Case]) -> list[str]:
+    """Return sentences about what is allowed in a data set but often a mistake."""
+    warnings = []
+    orientations = Counter(case.orientation for case in cases)
+    if len(orientations) > 1:
+        found = ", ".join(
+            f"{count} {name} (such as {_first_of(cases, name)})"
+            for name, count in orientations.most_common()
+        )
+        warnings.append(
+            f"Mixed orientations: {found}. Networks see arrays as they are stored, so anatomy is "
+            "mirrored or turned between these cases; reorient all images and labels to one."
+        )
+    without = [case.name for case in cases if not case.has_orientation_code]
+    if without:
+        warnings.append(
+            f"{len(without)} images say nothing about their orientation (sform and qform code 0), "
+            f"such as {without[0]}; check by eye that left and right are as in the others."
+        )
+    for axis, name in enumerate(("left-right", "posterior-anterior", "inferior-superior")):
+        low, high = _extremes(cases, lambda case, axis=axis: case.spacing_ras_mm[axis])
+        if high.spacing_ras_mm[axis] > SPACING_RATIO * low.spacing_ras_mm[axis]:
+            warnings.append(
+                f"Voxel sizes {name} range from {low.spacing_ras_mm[axis]:.3g} mm ({low.name}) to "
+                f"{high.spacing_ras_mm[axis]:.3g} mm ({high.name}); all cases are resampled to "
+                "one size, which makes up or throws away detail in some."
+            )
+    for channel in range(len(cases[0].intensities)):
+        low, high = _extremes(cases, lambda case, channel=channel: _range(case, channel))
+        if _range(high, channel) > INTENSITY_RATIO * _range(low, channel):
+            warnings.append(
+                f"Intensities of channel {channel} span {_range(low, channel):.3g} in {low.name} "
+                f"and {_range(high, channel):.3g} in {high.name} (0.5th to 99.5th percentile); "
+                "harmless where each image is z-scored by itself (MRI), a wrong unit in CT."
+            )
+    empty = [case.name for case in cases if case.volumes_ml and not any(case.volumes_ml.values())]
+    if empty:
+        warnings.append(
+            f"{len(empty)} cases have a label file without any foreground, such as {empty[0]}; "
+            "check that this is meant."
+        )
+    unscored = [case.name for case in cases if case.split == "test" and case.volumes_ml is None]
+    if unscored:
+        warnings.append(
+            f"{len(unscored)} test cases have no label and cannot be scored, such as {unscored[0]}."
+        )
+    return warnings
+
+
+def dataset_table(cases: Sequence[Case], labels: Mapping[str, int]) -> pd.DataFrame:
+    """Return one row a case, all text: geometry, intensities (`;` between channels), volumes."""
+    rows = []
+    for case in cases:
+        row = {
+            "case": case.name,
+            "split": case.split,
+            "shape": _by(case.shape),
+            "spacing_mm": _by(case.spacing_mm),
+            "orientation": case.orientation,
+        }
+        for name in INTENSITIES:
+            row[f"intensity_{name}"] = ";".join(f"{each[name]:.6g}" for each in case.intensities)
+        for name in labels:
+            row[f"volume_ml_{name}"] = (
+                "" if case.volumes_ml is None else f"{case.volumes_ml[name]:.6g}"
+            )
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def summary_table(cases: Sequence[Case], labels: Mapping[str, int]) -> pd.DataFrame:
+    """Return one column a split, one row a property, all text: `median (min to max)`."""
+    columns = {}
+    for split in SPLITS:
+        own = [case for case in cases if case.split == split]
+        with_label = [case for case in own if case.volumes_ml is not None]
+        column = {"cases": str(len(own)), "with a label file": str(len(with_label))}
+        for axis, name in enumerate("XYZ"):
+            column[f"voxels along {name}"] = _spread(case.shape[axis] for case in own)
+        for axis, name in enumerate("XYZ"):
+            column[f"voxel size {name} (mm)"] = _spread(case.spacing_mm[axis] for case in own)
+        column["orientation"] = ", ".join(
+            f"{name} ({count})" for name, count in Counter(c.orientation for c in own).most_common()
+        )
+        for channel in range(len(cases[0].intensities)):
+            for name, words in SUMMARISED_INTENSITIES.items():
+                column[f"channel {channel}, {words}"] = _spread(
+                    case.intensities[channel][name] for case in own
+                )
+        for name in labels:
+            column[f"{name} (ml)"] = _spread(case.volumes_ml[name] for case in with_label)
+        columns[split] = column
+    return pd.DataFrame(columns)
+
+
+def report_page(
+    cases: Sequence[Case],
+    labels: Mapping[str, int],
+    warnings: Sequence[str],
+    *,
+    title: str,
+    transductive: bool,
+) -> str:
+    """Return the page about a data set: HTML with its style and pictures inside."""
+    pool = POOL_TRANSDUCTIVE if transductive else POOL_TRAIN_ONLY
+    colours = {name: _label_colour(value) for name, value in labels.items()}
+    legend = " ".join(
+        f'<span class="key" style="background:{colour}"></span>{html.escape(name)}'
+        for name, colour in colours.items()
+    )
+    noted = "".join(f"<li>{html.escape(warning)}</li>" for warning in warnings)
+    drawn = {
+        split: [case for case in cases if case.split == split and case.picture] for split in SPLITS
+    }
+    n_labelled = sum(case.split == "labelled" for case in cases)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>{html.escape(title)}</title>
+<style>
+body {{ font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 2em auto;
+  padding: 0 1em; }}
+h1 {{ font-size: 1.5em; }} h2 {{ font-size: 1.15em; margin-top: 2em; }}
+table {{ border-collapse: collapse; }} th, td {{ padding: .2em .8em; text-align: right; }}
+tbody th {{ text-align: left; font-weight: normal; }}
+tbody tr:nth-child(odd) {{ background: #f4f4f4; }}
+.warnings {{ background: #fff6dd; border-left: 4px solid #e69f00; padding: .5em 1em .5em 2em; }}
+.tiles {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 12px; }}
+figure {{ margin: 0; }} figcaption {{ font-size: .8em; color: #555; overflow-wrap: anywhere; }}
+.tiles img {{ width: 100%; background: #000; }} .plot {{ max-width: 100%; }}
+.key {{ display: inline-block; width: .8em; height: .8em; margin: 0 .3em 0 .8em; }}
+.note {{ color: #555; }}
+</style>
+</head>
+<body>
+<h1>{html.escape(title)}</h1>
+<p>{len(cases)} cases were opened and are sound. Every case's numbers are in dataset.tsv.
+{pool}</p>
+<h2>Warnings</h2>
+{f'<ul class="warnings">{noted}</ul>' if warnings else "<p>None.</p>"}
+<h2>Summary by split</h2>
+<p class="note">Median (smallest to largest).</p>
+{summary_table(cases, labels).to_html(border=0)}
+<h2>Label volumes</h2>
+<img class="plot" alt="histogram of label volumes" src="{_png(_volume_plot(cases, labels))}">
+<h2>Intensities</h2>
+<p class="note">A line a case from the 0.5th to the 99.5th percentile, a dot at the median.</p>
+<img class="plot" alt="intensity range of each case" src="{_png(_intensity_plot(cases))}">
+<h2>Labelled cases</h2>
+<p class="note">The middle one of the slices with the most labels, across the axis with
+the largest voxels; right is on the right ({len(drawn["labelled"])} of {n_labelled}
+cases). {legend}</p>
+<div class="tiles">{"".join(_tile(case, labels) for case in drawn["labelled"])}</div>
+<h2>Some unlabelled cases</h2>
+<p class="note">The middle slice. Test cases are not shown.</p>
+<div class="tiles">{"".join(_tile(case, labels) for case in drawn["unlabelled"])}</div>
+</body>
+</html>
+"""
+
+
+def labels_from(words: Iterable[str]) -> dict[str, int]:
+    """Return label name → value from words such as `liver=1`; raises InputError on others."""
+    labels: dict[str, int] = {}
+    for word in words:
+        name, _, value = word.rpartition("=")
+        if not name or not value.isdecimal() or not 1 <= int(value) <= 255:
+            raise InputError(
+                f"The label `{word}` is not name=value with a value from 1 to 255; give labels as "
+                "liver=1 tumour=2 and leave out the background."
+            )
+        if name in labels or int(value) in labels.values():
+            raise InputError(f"The label `{word}` repeats a name or value; give each once.")
+        labels[name] = int(value)
+    return labels
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `check-data`."""
+    parser.add_argument("--cases", type=Path, required=True, help="the user's case table")
+    parser.add_argument(
+        "--data-folder",
+        type=Path,
+        metavar="DIR",
+        help="where relative paths in the table start; without it, the table's own folder",
+    )
+    parser.add_argument(
+        "--labels",
+        nargs="+",
+        required=True,
+        metavar="NAME=VALUE",
+        help="every label in the files, without the background 0",
+    )
+    parser.add_argument(
+        "--transductive",
+        action="store_true",
+        help="say on the page that test images get pseudo-masks too; changes nothing else",
+    )
+    parser.add_argument("--out-dir", type=Path, required=True, help="folder for tables and page")
+    parser.add_argument("--jobs", type=int, default=1, help="cases opened side by side")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Check a data set and write its tables and page; raises InputError with all problems."""
+    labels = labels_from(arguments.labels)
+    table = read_cases(arguments.cases, arguments.data_folder)
+    cases = list(_all_examined(table, labels, jobs=arguments.jobs))
+    problems = problems_of(cases, labels)
+    if problems:
+        shown = problems[:MAX_PROBLEMS_SHOWN]
+        more = (
+            f"\n  ... and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
+        )
+        raise InputError(
+            f"{len(problems)} problems in the data of {arguments.cases}; mend them and run again:"
+            + "".join(f"\n  - {problem}" for problem in shown)
+            + more
+        )
+    warnings = warnings_of(cases)
+    for warning in warnings:
+        print(f"warning: {warning}")
+    out_dir = arguments.out_dir
+    write_table(dataset_table(cases, labels), out_dir / "dataset.tsv")
+    page = report_page(
+        cases,
+        labels,
+        warnings,
+        title=f"Data of {arguments.cases.name}",
+        transductive=arguments.transductive,
+    )
+    write_text(page, out_dir / "dataset_report.html")
+    for split in SPLITS:
+        rows = table.loc[table["split"] == split, list(COLUMNS[:3])]
+        write_table(rows, out_dir / f"{split}.tsv")
+    counts = ", ".join(f"{(table['split'] == split).sum()} {split}" for split in SPLITS)
+    print(f"{counts}: all sound, warnings: {len(warnings)}; see {out_dir / 'dataset_report.html'}")
+
+
+def _all_examined(table: pd.DataFrame, labels: Mapping[str, int], *, jobs: int) -> Iterator[Case]:
+    """Yield every case of the table in its order, keeping a progress line on stderr."""
+    room = {"labelled": MAX_LABELLED_PICTURES, "unlabelled": MAX_UNLABELLED_PICTURES, "test": 0}
+    number_in_split = table.groupby("split").cumcount()
+    wants_picture = number_in_split < table["split"].map(room)
+    tasks = list(zip(table.to_dict("records"), wants_picture, strict=True))
+    examine = partial(examined, labels=labels)
+    if jobs == 1:
+        yield from _with_progress(map(examine, tasks), len(tasks))
+        return
+    with ProcessPoolExecutor(jobs) as pool:
+        yield from _with_progress(pool.map(examine, tasks, chunksize=4), len(tasks))
+
+
+def _with_progress(cases: Iterable[Case], total: int) -> Iterator[Case]:
+    """Pass cases through; say on stderr, about every tenth, how many are done and what is left."""
+    started = time.monotonic()
+    faulty = 0
+    step = math.ceil(total / 10)
+    for done, case in enumerate(cases, start=1):
+        faulty += bool(case.problems or case.unknown_values)
+        if done % step == 0 or done == total:
+            left = (time.monotonic() - started) / done * (total - done)
+            print(
+                f"checked {done}/{total} cases, {faulty} with problems, {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+        yield case
+
+
+def _add_channel(case: Case, array: np.ndarray, digest: "hashlib._Hash") -> None:
+    """Add a channel's intensities to a case and its voxels to the digest."""
+    # nibabel's arrays are in Fortran order; any other order than theirs costs a slow copy
+    low, middle, high = np.percentile(array.ravel(order="K"), (0.5, 50, 99.5))
+    found = (array.min(), low, middle, high, array.max(), array.mean(dtype=np.float64))
+    case.intensities.append(dict(zip(INTENSITIES, map(float, found), strict=True)))
+    digest.update(repr(array.shape).encode())
+    digest.update(np.ascontiguousarray(array.T))
+
+
+def _add_volumes(
+    case: Case, values: np.ndarray, path: str, voxel_ml: float, labels: Mapping[str, int]
+) -> None:
+    """Add the labels' volumes to a case, and the values that belong to no label."""
+    counts = zip(*np.unique(values.ravel(order="K"), return_counts=True), strict=True)
+    found = {int(value): int(count) for value, count in counts}
+    case.volumes_ml = {name: found.pop(value, 0) * voxel_ml for name, value in labels.items()}
+    case.unknown_values = {value: path for value in found if value != 0}
+
+
+def _picture(
+    array: np.ndarray, values: np.ndarray | None, affine: np.ndarray, intensities: dict
+) -> Picture:
+    """Return a slice of `(X, Y, Z)` intensities and labels, across the axis of largest voxels.
+
+    It is the middle one of the slices with the most different labels, or of all; seen with superior
+    or anterior up and, where left and right show, right on the right.
+    """
+    to_ras = nibabel.io_orientation(affine)
+    array = nibabel.apply_orientation(array, to_ras)
+    spacing = np.array(spacing_mm(affine))[_axes_in_ras_order(affine)]
+    across = 2 - int(np.argmax(np.round(spacing[::-1], 3)))  # the last of equal ones: axial
+    height = array.shape[across] // 2
+    if values is not None:
+        values = nibabel.apply_orientation(values, to_ras)
+        others = tuple(axis for axis in range(3) if axis != across)
+        present = [(values == value).any(axis=others) for value in np.unique(values) if value != 0]
+        if present:
+            n_labels = np.sum(present, axis=0)
+            richest = np.flatnonzero(n_labels == n_labels.max())
+            height = int(richest[richest.size // 2])
+        values = _slice(values, across, height).astype(np.uint8)
+    low, high = intensities["p00_5"], intensities["p99_5"]
+    plane = _slice(array, across, height)
+    grey = np.clip((plane - low) / max(high - low, 1e-6 * max(abs(high), 1)), 0, 1) * 255
+    step = math.ceil(max(plane.shape) / MAX_PICTURE_PIXELS)
+    horizontal, vertical = (spacing[axis] for axis in range(3) if axis != across)
+    return Picture(
+        image=grey.astype(np.uint8)[::step, ::step],
+        labels=None if values is None else values[::step, ::step],
+        aspect=float(vertical / horizontal),
+        where=f"{('sagittal', 'coronal', 'axial')[across]} slice {height}",
+    )
+
+
+def _slice(array: np.ndarray, across: int, height: int) -> np.ndarray:
+    """Return a slice `(V, H)` of `(X, Y, Z)` with the higher axis upwards."""
+    return array[(slice(None),) * across + (height,)].T[::-1]
+
+
+def _tile(case: Case, labels: Mapping[str, int]) -> str:
+    """Return the figure element of a case that has a picture."""
+    caption = html.escape(f"{case.name}, {case.picture.where}")
+    source = _png(_slice_plot(case.picture, labels))
+    return (
+        f'<figure><img alt="{caption}" src="{source}"><figcaption>{caption}</figcaption></figure>'
+    )
+
+
+def _slice_plot(picture: Picture, labels: Mapping[str, int]) -> "Figure":
+    """Return a slice in grey with a contour around each label."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.4, 2.4), dpi=100, facecolor="black")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(picture.image, cmap="gray", vmin=0, vmax=255, aspect=picture.aspect)
+    axes.axis("off")
+    if picture.labels is not None:
+        # a border of background closes the contours of labels that touch the edge
+        values = np.pad(picture.labels, 1)
+        rows, columns = (np.arange(size) - 1 for size in values.shape)
+        for value in labels.values():
+            if (values == value).any():
+                axes.contour(
+                    columns, rows, values == value, levels=[0.5], linewidths=1.2,
+                    colors=_label_colour(value),
+                )  # fmt: skip
+    return figure
+
+
+def _volume_plot(cases: Sequence[Case], labels: Mapping[str, int]) -> "Figure":
+    """Return a histogram of each label's volume, the splits stacked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.6 * min(len(labels), 3), 2.8 * math.ceil(len(labels) / 3)), dpi=100)
+    grid = figure.subplots(math.ceil(len(labels) / 3), min(len(labels), 3), squeeze=False)
+    for axes in grid.flat[len(labels) :]:
+        axes.axis("off")
+    for axes, name in zip(grid.flat, labels, strict=False):
+        volumes = {
+            split: [c.volumes_ml[name] for c in cases if c.split == split and c.volumes_ml]
+            for split in SPLITS
+        }
+        shown = [split for split in SPLITS if volumes[split]]
+        axes.hist(
+            [volumes[split] for split in shown], bins=20, stacked=True, label=shown,
+            color=[SPLIT_COLOURS[split] for split in shown],
+        )  # fmt: skip
+        axes.set(title=name, xlabel="volume (ml)", ylabel="cases")
+    grid.flat[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def _intensity_plot(cases: Sequence[Case]) -> "Figure":
+    """Return each case's intensity range as a line, a panel a channel."""
+    from matplotlib.figure import Figure
+
+    channels = len(cases[0].intensities)
+    figure = Figure(figsize=(10, 2.8 * channels), dpi=100)
+    for channel, axes in enumerate(figure.subplots(channels, 1, squeeze=False).flat):
+        place = 0
+        for split in SPLITS:
+            own = [case.intensities[channel] for case in cases if case.split == split]
+            places = np.arange(place, place + len(own))
+            place += len(own)
+            colour = SPLIT_COLOURS[split]
+            axes.vlines(places, [c["p00_5"] for c in own], [c["p99_5"] for c in own], colour)
+            axes.plot(places, [c["p50"] for c in own], ".", color=colour, label=split, ms=4)
+        ranges = [_range(case, channel) for case in cases]
+        if max(ranges) > INTENSITY_RATIO * min(ranges):
+            axes.set_yscale("symlog", linthresh=max(np.median(ranges) / INTENSITY_RATIO, 1e-6))
+        axes.set(xlabel="case, in the order of the table by split", ylabel=f"channel {channel}")
+    figure.axes[0].legend(frameon=False, fontsize=8, ncols=3)
+    figure.tight_layout()
+    return figure
+
+
+def _png(figure: "Figure") -> str:
+    """Return a figure as a data address, so that the page needs no other file."""
+    stored = io.BytesIO()
+    figure.savefig(stored, format="png")
+    return "data:image/png;base64," + base64.b64encode(stored.getvalue()).decode()
+
+
+def _label_colour(value: int) -> str:
+    """Return the colour that a label value has on every picture of the page."""
+    return LABEL_COLOURS[(value - 1) % len(LABEL_COLOURS)]
+
+
+def _axes_in_ras_order(affine: np.ndarray) -> list[int]:
+    """Return the array axes that run along left-right, posterior-anterior, inferior-superior."""
+    return [int(axis) for axis in np.argsort(nibabel.io_orientation(affine)[:, 0])]
+
+
+def _range(case: Case, channel: int) -> float:
+    """Return the distance between the 0.5th and 99.5th percentile of a channel's intensities."""
+    return case.intensities[channel]["p99_5"] - case.intensities[channel]["p00_5"]
+
+
+def _extremes(cases: Sequence[Case], key: Callable[[Case], float]) -> tuple[Case, Case]:
+    """Return the cases with the smallest and the largest value."""
+    return min(cases, key=key), max(cases, key=key)
+
+
+def _first_of(cases: Sequence[Case], orientation_name: str) -> str:
+    """Return the name of the first case with an orientation."""
+    return next(case.name for case in cases if case.orientation == orientation_name)
+
+
+def _spread(values: Iterable[float]) -> str:
+    """Return `median (min to max)`, one number if all are equal, or a dash if there are none."""
+    values = np.array(list(values), dtype=float)
+    if not values.size:
+        return "–"
+    if np.ptp(values) <= 1e-4 * abs(values[0]):
+        return f"{values[0]:.4g}"
+    return f"{np.median(values):.4g} ({values.min():.4g} to {values.max():.4g})"
+
+
+def _by(numbers: Iterable[float]) -> str:
+    """Return numbers as `1x1x2.5`."""
+    return "x".join(f"{number:.6g}" for number in numbers)
