@@ -1,0 +1,109 @@
+"""nnU-Net's objects for one experiment: in, its preprocessed folder; out, plans and networks.
+
+The folder holds `plans.json`, `dataset.json` and `dataset_fingerprint.json`. Both networks are
+configurations of that one plans file on one preprocessed grid.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from cotrain.errors import InputError
+
+CONFIGURATIONS = {"2d": "2d_cotrain", "3d": "3d_fullres"}
+"""Network → configuration of the plans."""
+
+
+@contextmanager
+def nnunet_folders() -> Iterator[Path]:
+    """Give nnU-Net its three folders inside a temporary one, for this process and block only."""
+    names = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+    before = {name: os.environ.get(name) for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            os.environ[name] = str(Path(folder, name))
+            Path(folder, name).mkdir()
+        try:
+            yield Path(folder)
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The frozen plans of an experiment.
+
+    plans, dataset: nnU-Net's plans and dataset.json as dictionaries.
+    """
+
+    plans: dict
+    dataset: dict
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Planned":
+        """Read plans.json and dataset.json; raises InputError where one is missing."""
+        content = {}
+        for name in ("plans", "dataset"):
+            path = Path(folder, f"{name}.json")
+            if not path.is_file():
+                raise InputError(
+                    f"{path} does not exist; run `cotrain plan` into that folder first."
+                )
+            content[name] = json.loads(path.read_text())
+        return cls(**content)
+
+    @property
+    def manager(self):
+        """nnU-Net's PlansManager."""
+        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+        return PlansManager(self.plans)
+
+    def configuration(self, network: str):
+        """Return nnU-Net's ConfigurationManager of the `2d` or `3d` network."""
+        return self.manager.get_configuration(CONFIGURATIONS[network])
+
+    @property
+    def labels(self):
+        """nnU-Net's LabelManager."""
+        return self.manager.get_label_manager(self.dataset)
+
+    @property
+    def class_count(self) -> int:
+        """Number of classes, background included."""
+        return self.labels.num_segmentation_heads
+
+    @property
+    def channel_count(self) -> int:
+        """Number of image channels."""
+        return len(self.dataset["channel_names"])
+
+    def build_network(self, network: str, *, deep_supervision: bool) -> nn.Module:
+        """Build the `2d` or `3d` network with nnU-Net's own builder, randomly initialised."""
+        from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+        configuration = self.configuration(network)
+        return get_network_from_plans(
+            configuration.network_arch_class_name,
+            configuration.network_arch_init_kwargs,
+            configuration.network_arch_init_kwargs_req_import,
+            self.channel_count,
+            self.class_count,
+            allow_init=True,
+            deep_supervision=deep_supervision,
+        )
+
+    def has_deep_supervision(self, network: str) -> bool:
+        """True for nnU-Net's own architectures, whose decoders give an output at each scale."""
+        name = self.configuration(network).network_arch_class_name
+        return name.startswith("dynamic_network_architectures.")

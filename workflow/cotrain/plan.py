@@ -1,0 +1,166 @@
+"""Planning: in, the labelled cases; out, nnU-Net's fingerprint and one frozen plans file.
+
+nnU-Net extracts the fingerprint and plans by itself; we then narrow the 3D network where the
+settings ask for it and add the 2D network as a configuration on the same preprocessed grid.
+"""
+
+import argparse
+import json
+import math
+import shutil
+from pathlib import Path
+
+from cotrain.errors import InputError
+from cotrain.files import read_table, write_json
+from cotrain.nnunet import CONFIGURATIONS, nnunet_folders
+from cotrain.settings import Network2D, Network3D, PlanStage, load
+
+DATASET_NAME = "Dataset001_cotrain"
+PER_STAGE = (
+    "features_per_stage",
+    "kernel_sizes",
+    "strides",
+    "n_conv_per_stage",
+    "n_blocks_per_stage",
+)
+
+
+def dataset_description(stage: PlanStage, cases: list[dict]) -> dict:
+    """Return nnU-Net's dataset.json content; images stay where they are, named by their paths.
+
+    cases: rows of the labelled case table (case, image, label).
+    """
+    return {
+        "channel_names": {str(i): name for i, name in enumerate(stage.channels)},
+        "labels": {"background": 0, **stage.labels},
+        "numTraining": len(cases),
+        "file_ending": ".nii.gz",
+        # Keeps the affine as it is; SimpleITK refuses affines with a trace of shear.
+        "overwrite_image_reader_writer": "NibabelIO",
+        "dataset": {
+            row["case"]: {"images": row["image"].split(";"), "label": row["label"]} for row in cases
+        },
+    }
+
+
+def narrowed_3d(configuration: dict, wanted: Network3D) -> dict:
+    """Return a 3d_fullres configuration with the patch, batch and width of the settings.
+
+    Raises InputError where the width has more stages than the plan, or the patch cannot be halved
+    as often as the network does it.
+    """
+    configuration = json.loads(json.dumps(configuration))
+    architecture = configuration["architecture"]["arch_kwargs"]
+    if wanted.features_per_stage is not None:
+        stages = len(wanted.features_per_stage)
+        if stages > architecture["n_stages"]:
+            raise InputError(
+                f"network_3d.features_per_stage has {stages} stages, nnU-Net planned "
+                f"{architecture['n_stages']} for this data; give at most that many numbers."
+            )
+        architecture["n_stages"] = stages
+        for name in PER_STAGE:
+            if name in architecture:
+                architecture[name] = architecture[name][:stages]
+        architecture["n_conv_per_stage_decoder"] = architecture["n_conv_per_stage_decoder"][
+            : stages - 1
+        ]
+        architecture["features_per_stage"] = list(wanted.features_per_stage)
+    if wanted.patch_size is not None:
+        configuration["patch_size"] = list(wanted.patch_size)
+    if wanted.batch_size is not None:
+        configuration["batch_size"] = wanted.batch_size
+    divisor = [math.prod(axis) for axis in zip(*architecture["strides"], strict=True)]
+    patch = configuration["patch_size"]
+    if any(size % by for size, by in zip(patch, divisor, strict=True)):
+        raise InputError(
+            f"network_3d.patch_size {patch} cannot be divided by {divisor}, the product of the "
+            "network's strides; give multiples of these numbers."
+        )
+    return configuration
+
+
+def configuration_2d(plans: dict, wanted: Network2D) -> dict:
+    """Return the 2D network as a configuration that inherits the 3D grid.
+
+    plans: nnU-Net's plans; the patch defaults to the median case's in-plane size on the
+    preprocessed grid, rounded up to a multiple of 32.
+    """
+    full = plans["configurations"][CONFIGURATIONS["3d"]]
+    in_plane = [
+        min(512, 32 * math.ceil(size / 32)) for size in full["median_image_size_in_voxels"][1:]
+    ]
+    return {
+        "inherits_from": CONFIGURATIONS["3d"],
+        "patch_size": list(wanted.patch_size or in_plane),
+        "batch_size": wanted.batch_size,
+        "batch_dice": True,
+        "architecture": {
+            "network_class_name": "cotrain.networks.TimmSegmentationNetwork",
+            "arch_kwargs": {
+                "encoder": wanted.encoder,
+                "decoder": wanted.decoder,
+                "adaptation": wanted.adaptation,
+                "lora_rank": wanted.lora_rank,
+            },
+            "_kw_requires_import": [],
+        },
+    }
+
+
+def plan(stage: PlanStage, cases: list[dict], out_dir: Path, *, jobs: int) -> None:
+    """Write plans.json, dataset.json and dataset_fingerprint.json into `out_dir`."""
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import (
+        extract_fingerprints,
+        plan_experiments,
+    )
+
+    description = dataset_description(stage, cases)
+    with nnunet_folders() as folder:
+        write_json(description, folder / "nnUNet_raw" / DATASET_NAME / "dataset.json")
+        extract_fingerprints([1], num_processes=jobs, check_dataset_integrity=False)
+        plan_experiments(
+            [1],
+            experiment_planner_class_name=stage.network_3d.planner,
+            gpu_memory_target_in_gb=stage.network_3d.gpu_memory_gb,
+            overwrite_plans_name="nnUNetPlans",
+        )
+        made = folder / "nnUNet_preprocessed" / DATASET_NAME
+        plans = json.loads((made / "nnUNetPlans.json").read_text())
+        if CONFIGURATIONS["3d"] not in plans["configurations"]:
+            raise InputError(
+                "nnU-Net planned no 3D configuration: the labelled images are single slices; "
+                "give volumes of more than one slice."
+            )
+        plans["configurations"] = {
+            CONFIGURATIONS["3d"]: narrowed_3d(
+                plans["configurations"][CONFIGURATIONS["3d"]], stage.network_3d
+            )
+        }
+        plans["configurations"][CONFIGURATIONS["2d"]] = configuration_2d(plans, stage.network_2d)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        shutil.copy(made / "dataset_fingerprint.json", out_dir / "dataset_fingerprint.json")
+        write_json(description, out_dir / "dataset.json")
+        write_json(plans, out_dir / "plans.json")
+    full, slices = (plans["configurations"][CONFIGURATIONS[network]] for network in ("3d", "2d"))
+    print(
+        f"Grid: {full['spacing']} mm, median {full['median_image_size_in_voxels']} voxels. "
+        f"3D: patch {full['patch_size']}, batch {full['batch_size']}, features "
+        f"{full['architecture']['arch_kwargs'].get('features_per_stage')}. "
+        f"2D: patch {slices['patch_size']}, batch {slices['batch_size']}."
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `cotrain plan`."""
+    parser.add_argument("--settings", type=Path, required=True, help="settings of this stage")
+    parser.add_argument("--cases", type=Path, required=True, help="checked table of labelled cases")
+    parser.add_argument("--out-dir", type=Path, required=True, help="folder of the plans")
+    parser.add_argument("--jobs", type=int, default=1, help="processes for the fingerprint")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run `cotrain plan`."""
+    stage = load(arguments.settings, model=PlanStage)
+    cases = read_table(arguments.cases).to_dict("records")
+    plan(stage, cases, arguments.out_dir, jobs=arguments.jobs)

@@ -1,0 +1,84 @@
+"""Preprocessing: in, cases and the frozen plans; out, nnU-Net's Blosc2 arrays, case by case.
+
+Unlabelled and test cases go through the same plans without a label; nnU-Net then stores where the
+image is nonzero in place of one. A case that is already there is not done again.
+"""
+
+import argparse
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+
+from cotrain.files import read_table, write_table
+from cotrain.nnunet import Planned
+from cotrain.shards import shard_of
+
+SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
+
+
+def preprocess_case(row: dict, planned: Planned, out_dir: Path, *, with_label: bool) -> dict:
+    """Preprocess one case and return its manifest row (case, shape on the preprocessed grid).
+
+    row: a row of a checked case table. The three files are written under another name and renamed,
+    the properties last, so that a killed run leaves no case that looks whole but is not.
+    """
+    import blosc2
+    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+
+    final = out_dir / row["case"]
+    if not final.with_name(final.name + ".pkl").is_file():
+        partial_name = out_dir / f".partial-{row['case']}"
+        for suffix in SUFFIXES:
+            partial_name.with_name(partial_name.name + suffix).unlink(missing_ok=True)
+        DefaultPreprocessor(verbose=False).run_case_save(
+            str(partial_name),
+            row["image"].split(";"),
+            row["label"] if with_label else None,
+            planned.manager,
+            planned.configuration("3d"),
+            planned.dataset,
+        )
+        for suffix in SUFFIXES:
+            os.replace(
+                partial_name.with_name(partial_name.name + suffix),
+                final.with_name(final.name + suffix),
+            )
+    shape = blosc2.open(str(final) + ".b2nd", mode="r").shape[1:]
+    return {"case": row["case"], "shape": "x".join(str(size) for size in shape)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `cotrain preprocess`."""
+    parser.add_argument("--preprocessed", type=Path, required=True, help="folder of the plans")
+    parser.add_argument("--cases", type=Path, required=True, help="checked case table")
+    parser.add_argument("--shard", type=int, default=0, help="number of this shard, from 0")
+    parser.add_argument("--shards", type=int, default=1, help="number of shards")
+    parser.add_argument("--out-dir", type=Path, required=True, help="folder of the arrays")
+    parser.add_argument("--jobs", type=int, default=1, help="cases done side by side")
+    parser.add_argument(
+        "--with-label", action="store_true", help="preprocess the labels too (labelled cases)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run `cotrain preprocess`."""
+    planned = Planned.read(arguments.preprocessed)
+    rows = shard_of(
+        read_table(arguments.cases).to_dict("records"), arguments.shard, arguments.shards
+    )
+    arguments.out_dir.mkdir(parents=True, exist_ok=True)
+    one = partial(
+        preprocess_case, planned=planned, out_dir=arguments.out_dir, with_label=arguments.with_label
+    )
+    manifest = []
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        for done, row in enumerate(pool.map(one, rows), start=1):
+            manifest.append(row)
+            print(f"{done}/{len(rows)} {row['case']} {row['shape']}", flush=True)
+    write_table(
+        pd.DataFrame(manifest, columns=["case", "shape"]),
+        arguments.out_dir / f"manifest-{arguments.shard}.tsv",
+    )

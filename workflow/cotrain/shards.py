@@ -1,0 +1,15 @@
+"""Shards: in, all cases; out, those of one job."""
+
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+def shard_of(items: list[Item], shard: int, shards: int) -> list[Item]:
+    """Return every `shards`-th item from number `shard` on, so that shards differ by one at most.
+
+    Raises ValueError unless 0 <= shard < shards.
+    """
+    if not 0 <= shard < shards:
+        raise ValueError(f"shard {shard} is not one of 0 ... {shards - 1}")
+    return items[shard::shards]
