@@ -1,0 +1,226 @@
+"""Training batches: in, preprocessed cases and audited pseudo-masks; out, augmented patches.
+
+Cropping follows nnU-Net's data loader and augmentation *is* nnU-Net's. Unlike stock, each
+sample's random state is a function of (seed, network, epoch, iteration, slot), so that a resumed
+training draws the very batches an undisturbed one would have drawn.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
+from nnunetv2.configuration import ANISO_THRESHOLD
+from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from cotrain.masks import open_soft
+from cotrain.nnunet import Planned
+
+FOREGROUND_OVERSAMPLING = 0.33
+"""nnU-Net's share of patches aimed at foreground, rounded up to whole samples of a batch."""
+STREAMS = {"2d": 2, "3d": 3}
+"""Number of each network in the seed of its samples."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A case a network trains on.
+
+    arrays: path of the preprocessed case without suffix. soft: its teacher's soft mask, or None
+    for a labelled case. weight: relative chance of an unlabelled case to be drawn.
+    """
+
+    name: str
+    arrays: str
+    soft: str | None = None
+    weight: float = 1.0
+
+
+def seed_everything(*words: int) -> None:
+    """Set the global random states that nnU-Net's transforms draw from, on CPU and GPU."""
+    numpy_seed, torch_seed = np.random.SeedSequence(words).generate_state(2)
+    np.random.seed(numpy_seed)
+    random.seed(int(numpy_seed))
+    torch.manual_seed(int(torch_seed))
+
+
+def augmentation(configuration) -> tuple[object, np.ndarray]:
+    """Return nnU-Net's training transforms of a configuration and the patch they start from.
+
+    The ranges are those of `nnUNetTrainer.configure_rotation_dummyDA_mirroring_and_inital_patch_
+    size` (nnunetv2 2.8.1), which cannot be called without a trainer and its folders.
+    """
+    patch_size = list(configuration.patch_size)
+    dimensions = len(patch_size)
+    flat = dimensions == 3 and max(patch_size) / patch_size[0] > ANISO_THRESHOLD
+    if dimensions == 2:
+        degrees = 15 if max(patch_size) / min(patch_size) > 1.5 else 180
+    else:
+        degrees = 180 if flat else 30
+    rotation = (-np.deg2rad(degrees), np.deg2rad(degrees))
+    start = get_patch_size(patch_size, rotation, rotation, rotation, (0.85, 1.25))
+    if flat:
+        start[0] = patch_size[0]
+    transforms = nnUNetTrainer.get_training_transforms(
+        patch_size,
+        rotation,
+        None,
+        tuple(range(dimensions)),
+        flat,
+        use_mask_for_norm=configuration.use_mask_for_norm,
+    )
+    _make_repeatable(transforms)
+    return transforms, start
+
+
+def _make_repeatable(transforms) -> None:
+    """Switch off the blur's choice of algorithm by stopwatch: it changes the last bits."""
+    for transform in transforms.transforms:
+        inner = getattr(transform, "transform", transform)
+        if hasattr(inner, "benchmark"):
+            inner.benchmark = False
+
+
+class BatchSource(torch.utils.data.Dataset):
+    """Batches of one epoch by their number; an item is a whole batch.
+
+    An item is a dictionary: `data` `(B, C, ...)` float32, `target` `(B, K, ...)` float32
+    probabilities of K classes (one-hot for labelled samples), labelled samples first.
+    """
+
+    def __init__(
+        self,
+        planned: Planned,
+        network: str,
+        *,
+        labelled: list[Case],
+        unlabelled: list[Case],
+        counts: np.ndarray,
+        seed: int,
+        epoch: int,
+    ) -> None:
+        configuration = planned.configuration(network)
+        self.patch_size = list(configuration.patch_size)
+        self.batch_size = configuration.batch_size
+        self.class_count = planned.class_count
+        # nnU-Net then sets voxels outside the body to 0, which the stored segmentation marks.
+        self.masks_image = any(configuration.use_mask_for_norm)
+        self.transforms, start = augmentation(configuration)
+        self.labelled, self.unlabelled = labelled, unlabelled
+        weights = np.array([case.weight for case in unlabelled])
+        self.chances = weights / weights.sum() if unlabelled else weights
+        self.counts, self.seed, self.epoch = counts, seed, epoch
+        self.stream = STREAMS[network]
+        # Only its choice of patches is used; it reads sizes, not data.
+        self.cropper = nnUNetDataLoader(
+            _Names([case.name for case in labelled]),
+            self.batch_size,
+            start,
+            self.patch_size,
+            planned.labels,
+            oversample_foreground_percent=FOREGROUND_OVERSAMPLING,
+        )
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __getitem__(self, iteration: int) -> dict[str, torch.Tensor]:
+        data, target = [], []
+        words = (self.seed, self.stream, self.epoch, iteration)
+        # Which slots are aimed at foreground is drawn, so that labelled and pseudo-labelled
+        # samples are aimed equally often; how many are is stock nnU-Net's.
+        aimed_slots = np.random.default_rng(words).permutation(self.batch_size)
+        random_slots = round(self.batch_size * (1 - FOREGROUND_OVERSAMPLING))
+        for slot in range(self.batch_size):
+            seed_everything(*words, slot)
+            if slot < self.batch_size - self.counts[iteration]:
+                case = self.labelled[np.random.randint(len(self.labelled))]
+            else:
+                case = self.unlabelled[np.random.choice(len(self.unlabelled), p=self.chances)]
+            image, probabilities = self._sample(case, aimed=aimed_slots[slot] >= random_slots)
+            data.append(image)
+            target.append(probabilities)
+        return {"data": torch.stack(data), "target": torch.stack(target)}
+
+    def _sample(self, case: Case, *, aimed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        image = _open(case.arrays + ".b2nd")
+        locations = _locations(case.arrays, case.soft)
+        lower, upper = self.cropper.get_bbox(image.shape[1:], aimed, locations)
+        box = [list(pair) for pair in zip(lower, upper, strict=True)]
+        sample = {"image": torch.from_numpy(crop_and_pad_nd(image, box, 0)).float()}
+        if case.soft is None or self.masks_image:
+            segmentation = _open(case.arrays + "_seg.b2nd")
+            cropped = crop_and_pad_nd(segmentation, box, -1, cast_cropped_to=np.int16)
+            sample["segmentation"] = torch.from_numpy(cropped).to(torch.int16)
+        if case.soft is not None:
+            cropped = crop_and_pad_nd(_open_soft(case.soft), box, 0)
+            sample["regression_target"] = torch.from_numpy(cropped).float() / 255
+        if len(self.patch_size) == 2:
+            sample = {name: tensor[:, 0] for name, tensor in sample.items()}
+        sample = self.transforms(**sample)
+        if case.soft is None:
+            label = sample["segmentation"][0].long()
+            target = torch.nn.functional.one_hot(label, self.class_count).movedim(-1, 0).float()
+        else:
+            foreground = sample["regression_target"]
+            background = (1 - foreground.sum(0, keepdim=True)).clamp_min_(0)
+            target = torch.cat([background, foreground])
+        return sample["image"], target
+
+
+class _Names:
+    """The one thing nnU-Net's loader asks a data set for when it only chooses patches."""
+
+    def __init__(self, identifiers: list[str]) -> None:
+        self.identifiers = identifiers
+
+
+@lru_cache(maxsize=256)
+def _open(path: str) -> blosc2.NDArray:
+    return blosc2.open(path, mode="r", mmap_mode="r", dparams={"nthreads": 1})
+
+
+@lru_cache(maxsize=256)
+def _open_soft(path: str) -> blosc2.NDArray:
+    return open_soft(path)
+
+
+@lru_cache(maxsize=256)
+def _locations(arrays: str, soft: str | None) -> dict[int, np.ndarray]:
+    """Return each label's voxels as nnU-Net's loader wants them, `(n, 4)` with a channel first."""
+    if soft is None:
+        found = load_pickle(arrays + ".pkl")["class_locations"]
+        return {label: np.asarray(voxels) for label, voxels in found.items()}
+    found = _open_soft(soft).schunk.vlmeta["foreground_locations"]
+    return {
+        int(label): np.pad(np.asarray(voxels, dtype=int).reshape(-1, 3), ((0, 0), (1, 0)))
+        for label, voxels in found.items()
+    }
+
+
+def batches(source: BatchSource, *, workers: int, pin_memory: bool) -> Iterator[dict]:
+    """Yield an epoch's batches in order, made by `workers` processes (0: in this one).
+
+    The order and content do not depend on the number of workers.
+    """
+    yield from torch.utils.data.DataLoader(
+        source,
+        batch_size=None,
+        shuffle=False,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        prefetch_factor=3 if workers else None,
+    )
+
+
+def arrays_of(folder: str | Path, case: str) -> str:
+    """Return the path of a preprocessed case without suffix."""
+    return str(Path(folder, case))

@@ -1,0 +1,44 @@
+"""Device and number format: in, the compute settings; out, where and how networks run."""
+
+import contextlib
+
+import torch
+
+from cotrain.errors import InputError
+from cotrain.settings import Compute
+
+
+def device_of(compute: Compute) -> torch.device:
+    """Return the device to run on; raises InputError where cuda is asked for and not there."""
+    if compute.device == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    if compute.device == "cuda":
+        raise InputError(
+            "compute.device is cuda, but torch sees no GPU here; ask the scheduler for one, "
+            "install a CUDA build of torch, or set compute.device to auto or cpu."
+        )
+    return torch.device("cpu")
+
+
+def precision_of(compute: Compute, device: torch.device) -> str:
+    """Return fp32, bf16 or fp16 for a device.
+
+    auto is fp16 on a GPU, as nnU-Net trains; bf16 on a CPU with bf16 instructions (AVX-512 BF16 or
+    AMX), where it is about twice as fast; else fp32, because emulated bf16 is slower.
+    """
+    if compute.precision != "auto":
+        return compute.precision
+    if device.type == "cuda":
+        return "fp16"
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if fast else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """Return the autocast context of a precision; nothing for fp32."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    number = torch.bfloat16 if precision == "bf16" else torch.float16
+    return torch.autocast(device.type, dtype=number)

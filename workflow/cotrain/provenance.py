@@ -1,0 +1,81 @@
+"""Provenance: in, what a step used; out, a JSON file beside what it made."""
+
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cotrain import __version__
+from cotrain.files import sha256_of, write_json
+from cotrain.settings import Section
+
+PACKAGES = (
+    "nnunetv2",
+    "torch",
+    "timm",
+    "segmentation-models-pytorch",
+    "peft",
+    "batchgeneratorsv2",
+    "blosc2",
+    "nibabel",
+    "numpy",
+    "pandas",
+    "snakemake",
+)
+
+
+def commit_of_code() -> str:
+    """Return the commit this code is at, with `-modified` for uncommitted changes.
+
+    Where the package was installed from elsewhere than a git clone: `release <version>`.
+    """
+    here = Path(__file__).parent
+    command = [
+        "git",
+        "-C",
+        str(here),
+        "describe",
+        "--always",
+        "--dirty=-modified",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        return f"release {__version__}"
+
+
+def write_provenance(
+    path: str | Path,
+    *,
+    settings: Section,
+    seed: int | None,
+    inputs: Iterable[Path],
+    **facts: object,
+) -> None:
+    """Write settings, seed, input hashes, package versions and commit of a step to `path`.
+
+    inputs: files; each is recorded with the SHA-256 of its bytes.
+    """
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    write_json(
+        {
+            "made": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": commit_of_code(),
+            "seed": seed,
+            "settings": settings.model_dump(mode="json"),
+            "inputs": {str(each): sha256_of(each) for each in inputs},
+            "python": platform.python_version(),
+            "packages": versions,
+            **facts,
+        },
+        path,
+    )

@@ -1,0 +1,415 @@
+"""Training of one network for one round: in, a checkpoint, labels and audited masks; out, the next.
+
+Network, augmentation, Dice loss and plans are nnU-Net's. The loop is ours instead of a subclass of
+nnUNetTrainer: that class ties together a validation split (we have no label to spare), folders in
+the environment, unseeded augmenter processes and pickled checkpoints, and each of them would have
+to be overridden to make a killed training end in the same bits as an undisturbed one.
+"""
+
+import argparse
+import hashlib
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from cotrain.batches import STREAMS, BatchSource, Case, arrays_of, batches, seed_everything
+from cotrain.device import autocast, device_of, precision_of
+from cotrain.errors import InputError
+from cotrain.files import read_table, sha256_of, write_atomically
+from cotrain.losses import DiceAndSoftCrossEntropy
+from cotrain.nnunet import Planned
+from cotrain.provenance import write_provenance
+from cotrain.schedule import Schedule, Window
+from cotrain.settings import TrainStage, load
+from cotrain.workfolder import WorkFolder
+
+GRADIENT_NORM = 12
+"""nnU-Net's bound on the gradient norm."""
+CURVE_COLUMNS = (
+    "epoch",
+    "round",
+    "loss",
+    "learning_rate",
+    "share_wanted",
+    "share_realised",
+    "seconds",
+)
+
+
+@dataclass
+class Trainer:
+    """A network in training with all state that goes from round to round.
+
+    epoch: the next epoch to train. curve: one row an epoch, in the order of CURVE_COLUMNS.
+    """
+
+    planned: Planned
+    network_name: str
+    stage: TrainStage
+    workers: int = 0
+    epoch: int = 0
+    curve: list[list[float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.device = device_of(self.stage.compute)
+        self.precision = precision_of(self.stage.compute, self.device)
+        self.schedule = Schedule(self.network_name, self.stage.training, self.stage.cotraining)
+        seed_everything(self.stage.seed, STREAMS[self.network_name])
+        self.network = self.planned.build_network(
+            self.network_name,
+            deep_supervision=self.planned.has_deep_supervision(self.network_name),
+        )
+        self.loss = DiceAndSoftCrossEntropy(
+            batch_dice=self.planned.configuration(self.network_name).batch_dice
+        )
+
+    def start(self, encoder_weights: Path | None) -> None:
+        """Load the pretrained encoder, where one is given, and make optimiser and average."""
+        if encoder_weights is not None:
+            from cotrain.networks import load_pretrained_encoder
+
+            load_pretrained_encoder(self.network, encoder_weights)
+        self.network.to(self.device)
+        training = self.stage.training
+        learning = [each for each in self.network.parameters() if each.requires_grad]
+        if training.optimizer == "adamw":
+            self.optimizer = torch.optim.AdamW(
+                learning, lr=training.learning_rate, weight_decay=training.weight_decay
+            )
+        else:
+            self.optimizer = torch.optim.SGD(
+                learning,
+                lr=training.learning_rate,
+                weight_decay=training.weight_decay,
+                momentum=0.99,
+                nesterov=True,
+            )
+        decay = self.stage.cotraining.ema_decay
+        self.average = ModelEmaV3(self.network, decay=decay, use_warmup=True) if decay else None
+        self.scaler = torch.amp.GradScaler("cuda") if self.precision == "fp16" else None
+        self.compiled: nn.Module = self.network
+        # nnU-Net's own switch and default: compile on a GPU, not on a CPU.
+        wanted = os.environ.get("nnUNet_compile", "true").lower()  # noqa: SIM112
+        if self.device.type == "cuda" and wanted in ("true", "1", "t"):
+            self.compiled = torch.compile(self.network)
+
+    @property
+    def deployed(self) -> nn.Module:
+        """The network that masks are inferred from: the moving average where there is one."""
+        return self.average.module if self.average else self.network
+
+    def save(self, path: Path) -> None:
+        """Write everything a resumed or continued training needs; loads with weights_only=True."""
+        content = {
+            "network_name": self.network_name,
+            "epoch": self.epoch,
+            "network_weights": self.network.state_dict(),
+            "average_weights": self.average.module.state_dict() if self.average else None,
+            "optimizer_state": self.optimizer.state_dict(),
+            "scaler_state": self.scaler.state_dict() if self.scaler else None,
+            "curve": self.curve,
+        }
+        with write_atomically(path) as temporary:
+            torch.save(content, temporary)
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint of `save`; `start` must have been called."""
+        content = torch.load(path, map_location=self.device, weights_only=True)
+        if content["network_name"] != self.network_name:
+            raise InputError(
+                f"{path} holds the {content['network_name']} network, wanted the "
+                f"{self.network_name} network; give its own checkpoint."
+            )
+        self.network.load_state_dict(content["network_weights"])
+        self.optimizer.load_state_dict(content["optimizer_state"])
+        if self.average:
+            self.average.module.load_state_dict(content["average_weights"])
+        if self.scaler:
+            self.scaler.load_state_dict(content["scaler_state"])
+        self.epoch, self.curve = content["epoch"], content["curve"]
+
+    def train_epoch(
+        self,
+        window: Window,
+        round_: int,
+        *,
+        labelled: list[Case],
+        unlabelled: list[Case],
+        control: bool,
+    ) -> dict[str, float]:
+        """Train the next epoch and return its row of the curve.
+
+        control: train on labelled cases alone, with the same rates. Raises InputError where the
+        loss is not finite.
+        """
+        began = time.time()
+        batch_size = self.planned.configuration(self.network_name).batch_size
+        counts = self.schedule.unlabelled_counts(window, self.epoch, batch_size)
+        if control:
+            counts = counts * 0
+        if counts.any() and not unlabelled:
+            raise InputError(
+                f"Epoch {self.epoch} wants pseudo-labelled samples, but the audit accepted no "
+                "mask; look at the audit page, and accept masks or stop before this round."
+            )
+        source = BatchSource(
+            self.planned,
+            self.network_name,
+            labelled=labelled,
+            unlabelled=unlabelled,
+            counts=counts,
+            seed=self.stage.seed,
+            epoch=self.epoch,
+        )
+        self.compiled.train()
+        losses, rates, shares = [], [], []
+        pin = self.device.type == "cuda"
+        for iteration, batch in enumerate(batches(source, workers=self.workers, pin_memory=pin)):
+            rate = self.schedule.learning_rate(window, self.epoch, iteration)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            losses.append(self._step(batch, iteration))
+            rates.append(rate)
+            shares.append(self.schedule.wanted_share(window, self.epoch, iteration, batch_size))
+        loss = float(torch.stack(losses).mean())
+        if not math.isfinite(loss):
+            raise InputError(
+                f"The loss of epoch {self.epoch} is {loss}; lower "
+                f"training_{self.network_name}.learning_rate or set compute.precision to fp32, "
+                "and look for broken images on the data report."
+            )
+        row = {
+            "epoch": self.epoch,
+            "round": round_,
+            "loss": loss,
+            "learning_rate": sum(rates) / len(rates),
+            "share_wanted": 0.0 if control else sum(shares) / len(shares),
+            "share_realised": float(counts.sum()) / (len(counts) * batch_size),
+            "seconds": time.time() - began,
+        }
+        self.curve.append([row[name] for name in CURVE_COLUMNS])
+        self.epoch += 1
+        return row
+
+    def _step(self, batch: dict[str, torch.Tensor], iteration: int) -> torch.Tensor:
+        # Dropout and stochastic depth must not depend on how the batch was made.
+        seed_everything(self.stage.seed, 10 + STREAMS[self.network_name], self.epoch, iteration)
+        data = batch["data"].to(self.device, non_blocking=True)
+        target = batch["target"].to(self.device, non_blocking=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.device, self.precision):
+            logits = self.compiled(data)
+        loss = self.loss(logits, target)
+        learning = self.optimizer.param_groups[0]["params"]
+        if self.scaler:
+            self.scaler.scale(loss).backward()
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(learning, GRADIENT_NORM)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            loss.backward()
+            nn.utils.clip_grad_norm_(learning, GRADIENT_NORM)
+            self.optimizer.step()
+        if self.average:
+            # With the step, timm lets the average follow fast at first and forget the random start.
+            steps = self.epoch * self.stage.training.iterations_per_epoch + iteration
+            self.average.update(self.network, step=steps)
+        return loss.detach()
+
+
+def accepted_cases(audit: Path, preprocessed: Path) -> list[Case]:
+    """Return the unlabelled cases an audit table accepts, each with its soft mask.
+
+    Raises InputError where a soft mask is not the audited one any more.
+    """
+    cases = []
+    for row in read_table(audit).to_dict("records"):
+        if row["accepted"] != "true":
+            continue
+        if not Path(row["soft"]).is_file() or sha256_of(row["soft"]) != row["soft_sha256"]:
+            raise InputError(
+                f"{row['soft']} is missing or not the file that was audited; run the audit again "
+                "(to correct a mask, register a new file in review.tsv, see results/README.md)."
+            )
+        cases.append(
+            Case(
+                row["case"],
+                arrays_of(preprocessed / "unlabelled", row["case"]),
+                row["soft"],
+                float(row["weight"]),
+            )
+        )
+    return cases
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `cotrain train`."""
+    parser.add_argument("--network", choices=["2d", "3d"], required=True)
+    parser.add_argument(
+        "--arm",
+        choices=["cotrain", "labels_only"],
+        required=True,
+        help="labels_only trains the control: same steps and rates, no pseudo-masks",
+    )
+    parser.add_argument("--round", type=int, required=True, help="number of the round, from 0")
+    parser.add_argument("--settings", type=Path, required=True, help="settings of this stage")
+    parser.add_argument("--preprocessed", type=Path, required=True, help="folder of the plans")
+    parser.add_argument("--labelled", type=Path, required=True, help="table of labelled cases")
+    parser.add_argument("--audit", type=Path, help="audit table of the masks that teach")
+    parser.add_argument("--previous", type=Path, help="checkpoint of the round before")
+    parser.add_argument("--encoder-weights", type=Path, help="pretrained weights of the encoder")
+    parser.add_argument("--out-dir", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--threads", type=int, default=1, help="CPU cores to use")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=None,
+        help="processes that make batches; default: none on a CPU, else threads - 1",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run `cotrain train`."""
+    torch.set_num_threads(arguments.threads)
+    stage = load(arguments.settings, model=TrainStage)
+    planned = Planned.read(arguments.preprocessed)
+    on_gpu = device_of(stage.compute).type == "cuda"
+    workers = arguments.workers
+    if workers is None:
+        workers = max(1, arguments.threads - 1) if on_gpu else 0
+    inputs = [
+        path
+        for path in (
+            arguments.settings,
+            arguments.preprocessed / "plans.json",
+            arguments.labelled,
+            arguments.audit,
+            arguments.previous,
+            arguments.encoder_weights,
+        )
+        if path is not None
+    ]
+    identity = {
+        "arm": arguments.arm,
+        "round": arguments.round,
+        "inputs": {str(path): sha256_of(path) for path in inputs},
+    }
+    with WorkFolder(arguments.out_dir / "work", identity) as work:
+        _train_round(arguments, stage, planned, work, workers=workers, inputs=inputs)
+
+
+def _train_round(
+    arguments: argparse.Namespace,
+    stage: TrainStage,
+    planned: Planned,
+    work: WorkFolder,
+    *,
+    workers: int,
+    inputs: list[Path],
+) -> None:
+    trainer = Trainer(planned, arguments.network, stage, workers)
+    window = trainer.schedule.window(arguments.round)
+    labelled = [
+        Case(name, arrays_of(arguments.preprocessed / "labelled", name))
+        for name in read_table(arguments.labelled)["case"]
+    ]
+    unlabelled = accepted_cases(arguments.audit, arguments.preprocessed) if arguments.audit else []
+    trainer.start(arguments.encoder_weights if arguments.previous is None else None)
+    latest = work.folder / "latest.pth"
+    events = arguments.out_dir / "tensorboard"
+    if work.resumable and latest.is_file():
+        trainer.load(latest)
+        print(f"Resuming after epoch {trainer.epoch - 1} from {latest}.", flush=True)
+    else:
+        latest.unlink(missing_ok=True)
+        shutil.rmtree(events, ignore_errors=True)
+        work.claim()
+        if arguments.previous is not None:
+            trainer.load(arguments.previous)
+        if trainer.epoch != window.start:
+            raise InputError(
+                f"Round {arguments.round} of the {arguments.network} network starts at epoch "
+                f"{window.start}, but --previous {arguments.previous} ends at {trainer.epoch}; "
+                "give the checkpoint of the round before."
+            )
+    parameters = sum(each.numel() for each in trainer.network.parameters())
+    print(
+        f"{arguments.network} network, {parameters / 1e6:.2f} M parameters, {arguments.arm}, "
+        f"round {arguments.round:02d}, epochs {window.start}-{window.stop - 1}, "
+        f"{len(labelled)} labelled and {len(unlabelled)} pseudo-labelled cases, "
+        f"{trainer.device}, {trainer.precision}, {arguments.threads} threads.",
+        flush=True,
+    )
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(events), purge_step=trainer.epoch) as board:
+        while trainer.epoch < window.stop:
+            row = trainer.train_epoch(
+                window,
+                arguments.round,
+                labelled=labelled,
+                unlabelled=unlabelled,
+                control=arguments.arm == "labels_only",
+            )
+            trainer.save(latest)
+            done, total = trainer.epoch - window.start, window.stop - window.start
+            left = work.report(done, total, "epochs", loss=round(row["loss"], 4))
+            print(
+                f"epoch {row['epoch']} ({done}/{total})  loss {row['loss']:.4f}  "
+                f"rate {row['learning_rate']:.2e}  unlabelled share {row['share_realised']:.3f} "
+                f"(wanted {row['share_wanted']:.3f})  {row['seconds']:.1f} s  "
+                f"{_duration(left)} left",
+                flush=True,
+            )
+            for name in CURVE_COLUMNS[2:]:
+                board.add_scalar(f"{arguments.network}/{name}", row[name], row["epoch"])
+    write_table_of_curve(trainer.curve, arguments.out_dir / "curve.csv")
+    write_provenance(
+        arguments.out_dir / "provenance.json",
+        settings=stage,
+        seed=stage.seed,
+        inputs=inputs,
+        network=arguments.network,
+        arm=arguments.arm,
+        round=arguments.round,
+        device=str(trainer.device),
+        precision=trainer.precision,
+        threads=arguments.threads,
+        labelled=[case.name for case in labelled],
+        pseudo_labelled=[c.name for c in unlabelled],
+        parameters=parameters,
+        weights_hash=weights_hash(trainer.deployed),
+    )
+    # The declared output comes last: when it is there, the round is whole.
+    trainer.save(arguments.out_dir / "checkpoint.pth")
+    latest.unlink()
+
+
+def weights_hash(network: nn.Module) -> str:
+    """Return the SHA-256 over a network's tensors in order: equal hashes, equal bits."""
+    digest = hashlib.sha256()
+    for tensor in network.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_table_of_curve(curve: list[list[float]], path: Path) -> None:
+    """Write curve.csv: one row an epoch over the whole training so far."""
+    frame = pd.DataFrame(curve, columns=list(CURVE_COLUMNS))
+    with write_atomically(path) as temporary:
+        frame.to_csv(temporary, index=False)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
