@@ -1,0 +1,213 @@
+"""The audit of a mask set: in, masks, manifests and a person's verdicts; out, what may be learnt.
+
+The audit stands in the stream: a network trains from this table, so that nothing learns from an
+unaudited mask. A mask that was edited in place is refused by its hash.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from medpy.metric.binary import dc
+
+from cotrain.errors import InputError
+from cotrain.evaluate import parse_labels
+from cotrain.files import read_table, sha256_of, write_table
+from cotrain.masks import write_soft
+from cotrain.nifti import check_same_grid, read_labels
+from cotrain.nnunet import Planned
+
+COLUMNS = [
+    "case",
+    "mask",
+    "soft",
+    "soft_sha256",
+    "accepted",
+    "weight",
+    "reason",
+    "confidence",
+    "volume_ml",
+    "truth_dice",
+]
+REVIEW_COLUMNS = ["case", "round", "masks", "verdict", "mask", "by", "date"]
+VERDICTS = ("accept", "exclude", "replace")
+
+
+def read_review(path: Path | None, cases: set[str]) -> pd.DataFrame:
+    """Return a person's verdicts with columns REVIEW_COLUMNS; none where `path` is None.
+
+    Raises InputError on a missing column, an unknown verdict or case, or a replacement without an
+    existing mask file.
+    """
+    if path is None:
+        return pd.DataFrame(columns=REVIEW_COLUMNS)
+    review = read_table(path)
+    missing = [name for name in REVIEW_COLUMNS if name not in review]
+    if missing:
+        raise InputError(
+            f"{path} lacks the columns {missing}; its header must be {' '.join(REVIEW_COLUMNS)}, "
+            "separated by tabs."
+        )
+    for row in review.to_dict("records"):
+        if row["verdict"] not in VERDICTS:
+            raise InputError(
+                f"{path}, case {row['case']}: the verdict is {row['verdict']!r}, wanted one of "
+                f"{', '.join(VERDICTS)}; correct it."
+            )
+        if row["case"] not in cases:
+            raise InputError(
+                f"{path} judges the case {row['case']!r}, which is not among the unlabelled "
+                "cases; correct its name."
+            )
+        if row["verdict"] == "replace" and not Path(row["mask"]).is_file():
+            raise InputError(
+                f"{path}, case {row['case']}: the corrected mask {row['mask']!r} does not exist; "
+                "give the path of a new file beside the original."
+            )
+    return review
+
+
+def verdict_on(case: str, sources: list[str], review: pd.DataFrame) -> dict | None:
+    """Return the verdict that decides for a case, or None where nobody judged it.
+
+    sources: the mask sets its teaching mask was made from, as `round-01/pseudo_3d`. The last
+    verdict on a mask counts; over several sources exclude wins, then replace: a mean with a mask
+    that a person threw out is not taught.
+    """
+    found = []
+    for source in sources:
+        number, masks = re.fullmatch(r"round-(\d+)/(\w+)", source).groups()
+        rows = review[
+            (review["case"] == case)
+            & (review["masks"] == masks)
+            & (review["round"].str.lstrip("0").replace("", "0") == str(int(number)))
+        ]
+        found += rows.tail(1).to_dict("records")
+    for verdict in ("exclude", "replace", "accept"):
+        for row in found:
+            if row["verdict"] == verdict:
+                return row
+    return None
+
+
+def soft_of_replacement(mask: Path, row: dict, planned: Planned, path: Path) -> None:
+    """Write a person's corrected mask as a certain soft mask on the preprocessed grid.
+
+    mask: labels on the image's own grid; row: the case's row in the table of cases. nnU-Net's
+    preprocessing takes it there as it takes true labels. Raises InputError on another grid.
+    """
+    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+
+    images = row["image"].split(";")
+    check_same_grid(images[0], mask)
+    _, labels, _ = DefaultPreprocessor(verbose=False).run_case(
+        images, str(mask), planned.manager, planned.configuration("3d"), planned.dataset
+    )
+    one_hot = np.stack([labels[0] == value for value in range(1, planned.class_count)])
+    write_soft(
+        one_hot.astype(np.uint8) * 255, path, patch_size=planned.configuration("3d").patch_size
+    )
+
+
+def true_dice(mask: np.ndarray, truth: np.ndarray, labels: dict[str, int]) -> float:
+    """Return the Dice of a mask averaged over labels; a label absent from both counts 1.
+
+    mask, truth: `(X, Y, Z)` label values on one grid.
+    """
+    scores = []
+    for value in labels.values():
+        ours, theirs = mask == value, truth == value
+        scores.append(dc(ours, theirs) if ours.any() or theirs.any() else 1.0)
+    return float(np.mean(scores))
+
+
+def audit_row(
+    made: dict, row: dict, verdict: dict | None, masks: Path, labels: dict[str, int]
+) -> dict:
+    """Return the audit table's row of one case.
+
+    made: its manifest row; row: its row in the table of unlabelled cases. Raises InputError where
+    the mask on disk is not the one that was made.
+    """
+    mask = masks / made["mask"]
+    if not mask.is_file() or sha256_of(mask) != made["mask_sha256"]:
+        raise InputError(
+            f"{mask} is missing or was edited in place; put the original back (delete "
+            f"{masks / 'manifest-*.tsv'} to infer the set again), save the corrected mask as a new "
+            "file and register it in review.tsv with the verdict replace."
+        )
+    accepted, reason = True, ""
+    if verdict is not None:
+        by = f"{verdict['verdict']} by {verdict['by']} {verdict['date']}".strip()
+        accepted, reason = verdict["verdict"] != "exclude", by
+        if verdict["verdict"] == "replace":
+            mask = Path(verdict["mask"])
+    elif float(made["volume_ml"]) == 0:
+        accepted, reason = False, "the mask is empty"
+    truth_dice = ""
+    if row["label"]:
+        truth_dice = f"{true_dice(read_labels(mask)[0], read_labels(row['label'])[0], labels):.4f}"
+    return {
+        "case": made["case"],
+        "mask": str(mask),
+        "soft": str(masks / made["soft"]),
+        "soft_sha256": made["soft_sha256"],
+        "accepted": "true" if accepted else "false",
+        "weight": "1",
+        "reason": reason,
+        "confidence": made["confidence"],
+        "volume_ml": made["volume_ml"],
+        "truth_dice": truth_dice,
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `cotrain audit`."""
+    parser.add_argument("--masks", type=Path, required=True, help="the mask set that teaches")
+    parser.add_argument("--manifests", type=Path, nargs="+", required=True)
+    parser.add_argument(
+        "--source-masks",
+        nargs="+",
+        required=True,
+        help="the pseudo-mask sets it was made from, each ending in round-RR/pseudo_2d or _3d",
+    )
+    parser.add_argument("--cases", type=Path, required=True, help="table of unlabelled cases")
+    parser.add_argument("--labels", nargs="+", required=True, metavar="NAME=VALUE")
+    parser.add_argument("--preprocessed", type=Path, required=True, help="folder of the plans")
+    parser.add_argument("--review", type=Path, help="a person's verdicts")
+    parser.add_argument("--out", type=Path, required=True, help="the audit table")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run `cotrain audit`."""
+    labels = parse_labels(arguments.labels)
+    rows = {row["case"]: row for row in read_table(arguments.cases).to_dict("records")}
+    review = read_review(arguments.review, set(rows))
+    sources = ["/".join(Path(each).parts[-2:]) for each in arguments.source_masks]
+    own = "/".join(arguments.masks.parts[-2:])
+    manifest = pd.concat([read_table(each) for each in arguments.manifests])
+    table = []
+    for made in manifest.sort_values("case").to_dict("records"):
+        verdict = verdict_on(made["case"], [*sources, own], review)
+        audited = audit_row(made, rows[made["case"]], verdict, arguments.masks, labels)
+        if verdict is not None and verdict["verdict"] == "replace":
+            soft = arguments.out.parent / f"replaced_{arguments.out.stem}" / made["soft"]
+            soft_of_replacement(
+                Path(verdict["mask"]),
+                rows[made["case"]],
+                Planned.read(arguments.preprocessed),
+                soft,
+            )
+            audited |= {"soft": str(soft), "soft_sha256": sha256_of(soft), "confidence": "1.0000"}
+        table.append(audited)
+    frame = pd.DataFrame(table, columns=COLUMNS)
+    write_table(frame, arguments.out)
+    known = pd.to_numeric(frame["truth_dice"]).dropna()
+    print(
+        f"{(frame['accepted'] == 'true').sum()} of {len(frame)} masks accepted; mean confidence "
+        f"{pd.to_numeric(frame['confidence']).mean():.3f}"
+        + (f"; true Dice {known.mean():.4f} over {len(known)} cases" if len(known) else "")
+        + "."
+    )

@@ -1,0 +1,78 @@
+"""Export: in, a 3D checkpoint; out, a model folder that stock nnU-Net runs without this package."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from cotrain.files import write_atomically, write_json, write_text
+from cotrain.inference import load_deployed
+from cotrain.nnunet import CONFIGURATIONS, Planned
+from cotrain.provenance import write_provenance
+from cotrain.settings import InferStage, load
+
+TRAINER = "nnUNetTrainer"
+"""The name inference looks up: stock nnU-Net's, so that no machine needs ours."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `cotrain export`."""
+    parser.add_argument("--checkpoint", type=Path, required=True, help="3D training checkpoint")
+    parser.add_argument("--preprocessed", type=Path, required=True, help="folder of the plans")
+    parser.add_argument("--settings", type=Path, required=True, help="settings of inference")
+    parser.add_argument(
+        "--out-dir", type=Path, required=True, help="folder to use as nnUNet_results"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run `cotrain export`."""
+    stage = load(arguments.settings, model=InferStage)
+    planned = Planned.read(arguments.preprocessed)
+    configuration = CONFIGURATIONS["3d"]
+    plans = {
+        **planned.plans,
+        # The 2D configuration names a class of ours, which the other machine does not have.
+        "configurations": {configuration: planned.plans["configurations"][configuration]},
+    }
+    # Where the labelled images lie on this machine is nobody else's business.
+    dataset = {name: value for name, value in planned.dataset.items() if name != "dataset"}
+    folder = (
+        arguments.out_dir
+        / plans["dataset_name"]
+        / f"{TRAINER}__{plans['plans_name']}__{configuration}"
+    )
+    network = load_deployed(planned, arguments.checkpoint, "3d")
+    checkpoint = {
+        "network_weights": network.state_dict(),
+        "trainer_name": TRAINER,
+        "init_args": {
+            "plans": plans,
+            "configuration": configuration,
+            "fold": "all",
+            "dataset_json": dataset,
+        },
+        # Stock inference mirrors along these axes unless told not to; ours by its setting.
+        "inference_allowed_mirroring_axes": (0, 1, 2) if stage.inference.mirroring else None,
+        "current_epoch": 0,
+    }
+    write_json(plans, folder / "plans.json")
+    write_json(dataset, folder / "dataset.json")
+    fingerprint = arguments.preprocessed / "dataset_fingerprint.json"
+    write_text(fingerprint.read_text(), folder / "dataset_fingerprint.json")
+    write_provenance(
+        arguments.out_dir / "provenance.json",
+        settings=stage,
+        seed=None,
+        inputs=[arguments.checkpoint, arguments.preprocessed / "plans.json"],
+    )
+    with write_atomically(folder / "fold_all" / "checkpoint_final.pth") as temporary:
+        torch.save(checkpoint, temporary)
+    channels = json.dumps(dataset["channel_names"])
+    print(
+        f"Model written. Predict images named CASE_0000.nii.gz (channels {channels}) with\n"
+        f"  nnUNet_results={arguments.out_dir} nnUNetv2_predict -i IMAGES -o MASKS "
+        f"-d {plans['dataset_name']} -c {configuration} -f all "
+        f"-step_size {stage.inference.tile_step_size}"
+    )

@@ -1,0 +1,51 @@
+"""The mean of two networks: in, two mask sets of the same cases; out, a third one.
+
+Probabilities are averaged on the preprocessed grid; the labels come from the averages.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cotrain.inference import add_mask_set_arguments, make_mask_set
+from cotrain.masks import open_soft, quantised, with_background
+from cotrain.nnunet import Planned
+from cotrain.settings import Section
+
+
+class MergeStage(Section):
+    """What merging depends on, beside its input files: nothing."""
+
+
+def mean_of(soft_masks: list[np.ndarray]) -> torch.Tensor:
+    """Return `(K, Z, Y, X)` float32 mean probabilities of soft masks `(K-1, Z, Y, X)` uint8."""
+    return torch.from_numpy(np.mean([with_background(each) for each in soft_masks], axis=0))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `cotrain merge`."""
+    parser.add_argument("--masks", type=Path, nargs=2, required=True, help="the two mask sets")
+    add_mask_set_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run `cotrain merge`."""
+    torch.set_num_threads(arguments.threads)
+    planned = Planned.read(arguments.preprocessed)
+
+    def scores_of(arrays: str) -> tuple[torch.Tensor, np.ndarray]:
+        case = Path(arrays).name
+        mean = mean_of([open_soft(folder / f"{case}.b2nd")[:] for folder in arguments.masks])
+        return mean, quantised(mean)
+
+    manifests = [each for folder in arguments.masks for each in sorted(folder.glob("manifest-*"))]
+    make_mask_set(
+        arguments,
+        planned,
+        inputs=[*manifests, arguments.preprocessed / "plans.json"],
+        scores_of=scores_of,
+        settings=MergeStage(),
+        masks=[str(each) for each in arguments.masks],
+    )
