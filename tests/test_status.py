@@ -1,0 +1,228 @@
+"""The command `status` on result trees written by hand and by real working folders."""
+
+import json
+import os
+import re
+import time
+
+import pytest
+
+from cotrain.__main__ import main
+from cotrain.status import (
+    State,
+    joined_state,
+    seconds_per_stage,
+    stage_state,
+    status_text,
+)
+from cotrain.workfolder import WorkFolder
+
+NOW = time.time()
+
+
+def write(path, text=""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def manifest(folder, number, *, cases):
+    write(folder / f"manifest-{number}.tsv", "case\tmask\n" + "c\tc.nii.gz\n" * cases)
+
+
+def work_in(folder, done, total, unit, *, name="step", seconds_ago=0):
+    """Leave a working folder as a step does that was killed `seconds_ago`."""
+    work = WorkFolder(folder / "work", {}, name=name)
+    work.__enter__()
+    work.claim()
+    work.report(done, total, unit)
+    progress = folder / "work" / f"{name}.progress.json"
+    sign = json.loads(progress.read_text())
+    sign |= {"updated": NOW - seconds_ago, "seconds_left": 150}
+    progress.write_text(json.dumps(sign))
+    os.utime(folder / "work" / f"{name}.lock", (NOW - seconds_ago, NOW - seconds_ago))
+
+
+def state(folder, *, cases=None):
+    return stage_state(folder, cases=cases, now=NOW)
+
+
+# ----------------------------------------------------------------------------------- stages
+
+
+def test_a_stage_that_has_no_folder_is_waiting(tmp_path):
+    assert state(tmp_path / "train_2d") == State("waiting")
+
+
+def test_a_training_with_its_checkpoint_is_done(tmp_path):
+    write(tmp_path / "train_2d/checkpoint.pth")
+    work_in(tmp_path / "train_2d", 10, 10, "epochs")
+    assert state(tmp_path / "train_2d") == State("done")
+
+
+def test_a_training_heard_of_just_now_is_running(tmp_path):
+    work_in(tmp_path / "train_2d", 3, 10, "epochs", seconds_ago=60)
+    assert str(state(tmp_path / "train_2d")) == "running (epoch 3 of 10, 2 min left)"
+
+
+def test_a_step_that_has_only_a_lock_is_starting(tmp_path):
+    WorkFolder(tmp_path / "train_2d/work", {}).__enter__()
+    assert str(state(tmp_path / "train_2d")) == "running (starting)"
+
+
+def test_a_training_not_heard_of_for_long_is_interrupted(tmp_path):
+    work_in(tmp_path / "train_2d", 3, 10, "epochs", seconds_ago=3700)
+    last = time.localtime(NOW - 3700)
+    assert re.fullmatch(
+        rf"interrupted \(last sign (\d+-\d+-\d+ )?{time.strftime('%H:%M', last)}\)",
+        str(state(tmp_path / "train_2d")),
+    )
+
+
+def test_slow_epochs_may_be_silent_for_the_time_of_three(tmp_path):
+    """1000 s an epoch: silence of 2900 s is still normal, of 3100 s no more."""
+    for seconds_ago, kind in ((2900, "running"), (3100, "interrupted")):
+        folder = tmp_path / str(seconds_ago) / "train_3d"
+        work_in(folder, 3, 10, "epochs", seconds_ago=seconds_ago)
+        progress = folder / "work/step.progress.json"
+        progress.write_text(json.dumps(json.loads(progress.read_text()) | {"seconds_left": 7000}))
+        assert state(folder).kind == kind
+
+
+def test_a_failed_step_shows_the_first_line_of_its_error(tmp_path):
+    with (
+        pytest.raises(RuntimeError),
+        WorkFolder(tmp_path / "train_3d/work", {}) as work,
+    ):
+        work.report(3, 10, "epochs")
+        raise RuntimeError("the loss is nan\nsecond line")
+    found = state(tmp_path / "train_3d")
+    assert str(found) == "failed"
+    assert found.detail.endswith("error.txt: RuntimeError: the loss is nan")
+
+
+def test_a_file_that_is_just_being_written_is_no_sign(tmp_path):
+    write(tmp_path / "train_2d/work/.writing-7-step.progress.json", '{"epo')
+    assert state(tmp_path / "train_2d") == State("waiting")
+
+
+def test_a_mask_set_is_done_when_its_manifests_hold_all_cases(tmp_path):
+    manifest(tmp_path / "pseudo_2d", 0, cases=3)
+    assert str(state(tmp_path / "pseudo_2d", cases=5)) == "3 of 5 cases"
+    manifest(tmp_path / "pseudo_2d", 1, cases=2)
+    assert state(tmp_path / "pseudo_2d", cases=5) == State("done")
+
+
+def test_shards_of_a_mask_set_are_counted_together(tmp_path):
+    manifest(tmp_path / "pseudo_2d", 0, cases=3)
+    work_in(tmp_path / "pseudo_2d", 3, 3, "cases", name="shard-0", seconds_ago=900)
+    work_in(tmp_path / "pseudo_2d", 1, 2, "cases", name="shard-1", seconds_ago=5)
+    assert str(state(tmp_path / "pseudo_2d", cases=5)) == "running (case 4 of 5, 2 min left)"
+
+
+def test_of_several_stages_the_one_that_needs_a_person_is_shown():
+    done, waiting, failed = State("done"), State("waiting"), State("failed", "x")
+    assert joined_state([done, failed]) == failed
+    assert joined_state([done, done]) == done
+    assert joined_state([waiting, waiting]) == waiting
+    assert str(joined_state([done, waiting])) == "1 of 2 done"
+
+
+# ------------------------------------------------------------------------------------- time
+
+
+def test_time_is_added_up_over_arms_rounds_and_shards(tmp_path):
+    for name, seconds in {
+        "plan": 5, "cotrain/round-00/train_2d": 100, "cotrain/round-01/train_2d": 110,
+        "labels_only/round-00/train_2d": 90, "cotrain/round-00/pseudo_2d-0": 7,
+        "cotrain/round-00/pseudo_2d-1": 8, "cotrain/round-00/audit/train_2d": 1,
+    }.items():  # fmt: skip
+        write(tmp_path / f"{name}.tsv", f"s\th:m:s\tmax_rss\n{seconds}\t0:00:01\t12\n")
+    assert seconds_per_stage(tmp_path) == {
+        "plan": (1, 5), "train_2d": (3, 300), "pseudo_2d": (2, 15), "audit/train_2d": (1, 1),
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- whole command
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """Round 00 is done and scored, round 01 runs; the control's round 00 failed."""
+    folder = tmp_path / "results/demo"
+    write(folder / "settings/train_3d.yaml", "cotraining:\n  first_teacher: 2d\n")
+    write(folder / "cases/unlabelled.tsv", "case\timage\tlabel\n" + "u\ti\t\n" * 4)
+    write(folder / "cases/test.tsv", "case\timage\tlabel\n" + "t\ti\tl\n" * 2)
+    for network in ("2d", "3d"):
+        round_folder = folder / "cotrain/round-00"
+        write(round_folder / f"train_{network}/checkpoint.pth")
+        manifest(round_folder / f"pseudo_{network}", 0, cases=4)
+        manifest(round_folder / f"test_{network}", 0, cases=2)
+        write(
+            folder / f"evaluation/cotrain_{network}_round-00.tsv",
+            "case\tlabel\tdice\tjaccard\thd95_mm\tasd_mm\thd95_voxel\tasd_voxel\n"
+            "t1\torgan\t0.8\t0.7\t1\t1\t1\t1\nt2\torgan\t0.7\t0.5\t1\t1\t1\t1\n",
+        )
+    work_in(folder / "cotrain/round-01/train_2d", 3, 10, "epochs", seconds_ago=20)
+    write(folder / "labels_only/round-00/train_3d/work/step.error.txt", "KilledWorker: no memory\n")
+    write(tmp_path / "benchmarks/demo/cotrain/round-00/train_2d.tsv", "s\th:m:s\n3725.5\t1:02:05\n")
+    write(tmp_path / "logs/demo/plan.log")
+    return tmp_path
+
+
+def test_the_status_has_a_line_per_arm_and_round(experiment, capsys):
+    assert main(["status", "demo", "--results", str(experiment / "results")]) == 0
+    text = capsys.readouterr().out
+    lines = [re.sub(r"  +", " | ", line) for line in text.splitlines()]
+    assert lines[2] == (
+        "arm | round | train_2d | pseudo_2d | train_3d | pseudo_3d | test | "
+        "2D Dice % | 3D Dice % | mean Dice %"
+    )
+    assert lines[3] == "co-trained | 00 | done | done | done | done | done | 75.0 | 75.0 | -"
+    assert lines[4] == (
+        "co-trained | 01 | running (epoch 3 of 10, 2 min left) | waiting | waiting | waiting | "
+        "waiting | - | - | -"
+    )
+    # The control shares the 2D network of round 00, which nobody taught.
+    assert lines[5] == "labels only | 00 | - | - | failed | - | waiting | - | - | -"
+    assert "error.txt: KilledWorker: no memory" in text
+    assert "train_2d | 1 | 1 h 02 min" in lines
+    assert f"logs: {experiment / 'logs/demo'}" in text
+
+
+def test_a_control_waits_for_no_round_00_that_it_shares_whole(experiment):
+    folder = experiment / "results/demo"
+    write(folder / "settings/train_3d.yaml", "cotraining:\n  first_teacher: both_labels_only\n")
+    (folder / "labels_only/round-00/train_3d/work/step.error.txt").unlink()
+    (folder / "labels_only/round-00/train_3d/work").rmdir()
+    (folder / "labels_only/round-00/train_3d").rmdir()
+    text = status_text(folder, benchmarks=experiment / "b", logs=experiment / "l", now=NOW)
+    line = re.sub(r"  +", " | ", text.splitlines()[5])
+    assert line == "labels only | 00 | - | - | - | - | - | - | - | -"
+
+
+def test_an_experiment_without_test_cases_waits_for_no_test(tmp_path):
+    folder = tmp_path / "results/demo"
+    write(folder / "cases/test.tsv", "case\timage\tlabel\n")
+    write(folder / "cotrain/round-00/train_2d/checkpoint.pth")
+    text = status_text(folder, benchmarks=tmp_path / "b", logs=tmp_path / "l", now=NOW)
+    line = re.sub(r"  +", " | ", text.splitlines()[3])
+    assert line == "co-trained | 00 | done | waiting | waiting | waiting | - | - | - | -"
+
+
+def test_an_experiment_without_a_round_says_how_far_its_preparation_is(tmp_path):
+    folder = tmp_path / "results/demo"
+    write(folder / "cases/unlabelled.tsv", "case\timage\tlabel\n")
+    text = status_text(folder, benchmarks=tmp_path / "b", logs=tmp_path / "l", now=NOW)
+    assert "No round has been started. Cases checked: yes; planned: no." in text
+    assert "snakemake --configfile config/demo.yaml" in text
+
+
+def test_without_any_experiment_it_says_how_to_start_one(tmp_path, capsys):
+    assert main(["status", "demo", "--results", str(tmp_path / "results")]) == 0
+    assert "snakemake --configfile config/demo.yaml" in capsys.readouterr().out
+
+
+def test_a_wrong_name_is_answered_with_the_known_ones(experiment, capsys):
+    assert main(["status", "dmeo", "--results", str(experiment / "results")]) == 2
+    assert "no experiment 'dmeo'" in (error := capsys.readouterr().err) and "known: demo" in error

@@ -1,0 +1,331 @@
+"""Prints how far an experiment is: in, its result tree and benchmarks; out, plain text.
+
+A tool for a person, not a step: unlike the rest of the package it knows the result tree, and may be
+asked at any time. A stage is
+
+- done, when what it declares is there: `checkpoint.pth` of a training; of a mask set, manifests
+  with as many rows as its case table;
+- failed, when its `work/` folder holds an error; the first line is printed;
+- running, when the lock or progress in `work/` was renewed in the last 10 minutes (or in the time
+  of 3 epochs or cases, if that is longer), and else interrupted: the same command goes on with it;
+- waiting otherwise.
+"""
+
+import argparse
+import contextlib
+import json
+import re
+import time
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from cotrain.errors import InputError
+from cotrain.files import read_table
+from cotrain.summary import (
+    ARM_WORDS,
+    CO_TRAINED,
+    CONTROL,
+    NETWORK_WORDS,
+    Trained,
+    aligned,
+    read_evaluations,
+)
+
+COLUMNS = ("train_2d", "pseudo_2d", "train_3d", "pseudo_3d", "test")
+SILENCE_SECONDS = 600
+
+
+class State(NamedTuple):
+    """How far a stage is: `done`, `failed`, `running`, `interrupted`, `partly` or `waiting`."""
+
+    kind: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        if self.kind == "partly":
+            return self.detail
+        shown = self.detail if self.kind in ("running", "interrupted") else ""
+        return f"{self.kind} ({shown})" if shown else self.kind
+
+
+# ----------------------------------------------------------------------------------- stages
+
+
+def stage_state(folder: Path, *, cases: int | None, now: float) -> State:
+    """Return how far the stage of `folder` is at the Unix time `now`.
+
+    `cases` is the number of masks that a mask set will have, None where it is not known yet: then
+    one manifest counts as all.
+    """
+    if folder.name.startswith("train_"):
+        if (folder / "checkpoint.pth").is_file():
+            return State("done")
+        finished = 0
+    else:
+        manifests = sorted(folder.glob("manifest-*.tsv"))
+        finished = sum(len(read_table(manifest)) for manifest in manifests)
+        if manifests and finished >= (cases or 0):
+            return State("done")
+    work = folder / "work"
+    errors = _whole_files(work, "*error.txt")
+    if errors:
+        first_line = errors[0].read_text().partition("\n")[0]
+        return State("failed", f"{errors[0]}: {first_line}")
+    signs = [json.loads(sign.read_text()) for sign in _whole_files(work, "*progress.json")]
+    unit, done, total, seconds_left = _joined(signs)
+    heard = [sign["updated"] for sign in signs] + _renewed(_whole_files(work, "*.lock"))
+    if heard:
+        pace = seconds_left / (total - done) if total > done else 0
+        if now - max(heard) < max(SILENCE_SECONDS, 3 * pace):
+            left = f", {_minutes(seconds_left)} left" if signs else ""
+            return State("running", f"{unit} {done} of {total}{left}" if signs else "starting")
+        return State("interrupted", f"last sign {_clock(max(heard), now=now)}")
+    if finished:
+        return State("partly", f"{finished} of {cases} cases")
+    return State("waiting")
+
+
+def joined_state(states: list[State]) -> State:
+    """Return one state for several stages: the one that needs a person most, else the count."""
+    for kind in ("failed", "running", "interrupted", "partly"):
+        for state in states:
+            if state.kind == kind:
+                return state
+    done = sum(state.kind == "done" for state in states)
+    if 0 < done < len(states):
+        return State("partly", f"{done} of {len(states)} done")
+    return states[0]
+
+
+def _joined(signs: list[dict]) -> tuple[str, int, int, float]:
+    """Return unit, number done, total and seconds left of a stage's shards, side by side.
+
+    A sign has `<units>_done` and `<units>`, as in cases_done and cases.
+    """
+    unit, done, total, seconds_left = "", 0, 0, 0.0
+    for sign in signs:
+        units = next(key for key in sign if key.endswith("_done")).removesuffix("_done")
+        unit = units.removesuffix("s")
+        done += sign[f"{units}_done"]
+        total += sign[units]
+        seconds_left = max(seconds_left, sign["seconds_left"])
+    return unit, done, total, seconds_left
+
+
+def _whole_files(folder: Path, pattern: str) -> list[Path]:
+    """Return matching files but those that are just being written, whose names begin with a dot."""
+    return [path for path in sorted(folder.glob(pattern)) if not path.name.startswith(".")]
+
+
+def _renewed(locks: list[Path]) -> list[float]:
+    """Return when each lock was renewed, as Unix time."""
+    times = []
+    for lock in locks:
+        # A step that ends removes its lock, perhaps just now.
+        with contextlib.suppress(FileNotFoundError):
+            times.append(lock.stat().st_mtime)
+    return times
+
+
+def _minutes(seconds: float) -> str:
+    minutes = max(1, round(seconds / 60))
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _clock(moment: float, *, now: float) -> str:
+    """Return a time of day, with the date where it was not today."""
+    then, today = datetime.fromtimestamp(moment), datetime.fromtimestamp(now)
+    return f"{then:%H:%M}" if then.date() == today.date() else f"{then:%Y-%m-%d %H:%M}"
+
+
+# ------------------------------------------------------------------------------------- text
+
+
+def seconds_per_stage(benchmarks: Path) -> dict[str, tuple[int, float]]:
+    """Return each stage's jobs and seconds from Snakemake's benchmark tables (column `s`).
+
+    A stage is a table's path without its arm, round and shard: `cotrain/round-00/pseudo_2d-1.tsv`
+    and `cotrain/round-01/pseudo_2d-0.tsv` are two jobs of `pseudo_2d`.
+    """
+    spent: dict[str, tuple[int, float]] = {}
+    for table in sorted(benchmarks.glob("**/*.tsv")):
+        name = table.relative_to(benchmarks).with_suffix("").as_posix()
+        name = re.sub(r"[-/]\d+$", "", name)
+        name = re.sub(rf"({CO_TRAINED}|{CONTROL}|round-\d+)", "", name)
+        stage = "/".join(part.strip("_-") for part in name.split("/") if part.strip("_-"))
+        jobs, seconds = spent.get(stage, (0, 0.0))
+        rows = read_table(table)["s"]
+        spent[stage] = (jobs + len(rows), seconds + sum(map(float, rows)))
+    return spent
+
+
+def status_text(folder: Path, *, benchmarks: Path, logs: Path, now: float) -> str:
+    """Return the status of the experiment whose results are in `folder`."""
+    cases = {split: _rows_of(folder / f"cases/{split}.tsv") for split in ("unlabelled", "test")}
+    rounds = sorted(folder.glob("*/round-[0-9]*"), key=_running_order)
+    states = {
+        stage: stage_state(
+            stage, cases=cases["test" if stage.name.startswith("test_") else "unlabelled"], now=now
+        )
+        for round_folder in rounds
+        for stage in _stages_of(round_folder, tested=cases["test"] != 0)
+    }
+    parts = [f"experiment {folder.name}, {datetime.fromtimestamp(now):%Y-%m-%d %H:%M}"]
+    if rounds:
+        parts.append(_rounds_table(rounds, states, _dice_of(folder / "evaluation")))
+    else:
+        planned = (folder / "preprocessed" / "plans.json").is_file()
+        parts.append(
+            "No round has been started. "
+            f"Cases checked: {'no' if cases['unlabelled'] is None else 'yes'}; "
+            f"planned: {'yes' if planned else 'no'}."
+        )
+    failures = [state.detail for state in states.values() if state.kind == "failed"]
+    if failures:
+        parts.append("failed\n" + "\n".join(f"  {failure}" for failure in failures))
+    spent = seconds_per_stage(benchmarks)
+    if spent:
+        parts.append(_time_table(spent))
+    parts.append("look next\n" + "\n".join(f"  {line}" for line in _look_next(folder, logs=logs)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _rows_of(table: Path) -> int | None:
+    return len(read_table(table)) if table.is_file() else None
+
+
+def _running_order(round_folder: Path) -> tuple[bool, str]:
+    """Sort key: the co-training's rounds, then the control's."""
+    return round_folder.parent.name == CONTROL, round_folder.name
+
+
+def _stages_of(round_folder: Path, *, tested: bool) -> list[Path]:
+    """Return the stages of a round, and others that were begun in it, such as `test_mean`.
+
+    A control has no stage that it shares with the co-training: a round 00 that nobody taught.
+    """
+    networks, kinds = ["2d", "3d"], ["train", "pseudo"]
+    if round_folder.parent.name == CONTROL:
+        kinds = ["train"]
+        if round_folder.name == "round-00":
+            networks = ["3d"] if _2d_teaches_first(round_folder.parents[1]) else []
+    if tested:
+        kinds.append("test")
+    usual = [f"{kind}_{network}" for kind in kinds for network in networks]
+    begun = [path.name for path in sorted(round_folder.glob("t*_*")) if path.is_dir()]
+    return [round_folder / name for name in dict.fromkeys([*usual, *begun])]
+
+
+def _2d_teaches_first(folder: Path) -> bool:
+    """Return whether 3D is taught in round 00 already, as the settings of its training say."""
+    path = folder / "settings" / "train_3d.yaml"
+    if not path.is_file():
+        raise InputError(
+            f"{path} is missing, though a control was trained by it; run the workflow again, or "
+            "put the file back."
+        )
+    return yaml.safe_load(path.read_text())["cotraining"]["first_teacher"] == "2d"
+
+
+def _dice_of(evaluation: Path) -> dict[Trained, float]:
+    """Return the mean test Dice (0..1) of everything that was evaluated on at least one case."""
+    if not any(evaluation.glob("*_round-*.tsv")):
+        return {}
+    scored = read_evaluations([evaluation])
+    return {key: cases["dice"].mean() for key, cases in scored.items() if not cases.empty}
+
+
+def _rounds_table(
+    rounds: Iterable[Path], states: dict[Path, State], dice: dict[Trained, float]
+) -> str:
+    """Return a line per arm and round; `-` where there is no such stage, or no score yet."""
+    rows = [["arm", "round", *COLUMNS, *(f"{word} Dice %" for word in NETWORK_WORDS.values())]]
+    for round_folder in rounds:
+        arm, number = round_folder.parent.name, round_folder.name.removeprefix("round-")
+        cells = [ARM_WORDS[arm], number]
+        for column in COLUMNS:
+            found = [
+                state
+                for stage, state in states.items()
+                if stage.parent == round_folder and stage.name.startswith(column)
+            ]
+            cells.append(str(joined_state(found)) if found else "-")
+        for network in NETWORK_WORDS:
+            value = dice.get(Trained(arm, network, int(number)))
+            cells.append("-" if value is None else f"{100 * value:.1f}")
+        rows.append(cells)
+    return aligned(rows)
+
+
+def _time_table(spent: dict[str, tuple[int, float]]) -> str:
+    rows = [["time spent in", "jobs", "time"]]
+    rows += [[stage, str(jobs), _duration(seconds)] for stage, (jobs, seconds) in spent.items()]
+    jobs = sum(jobs for jobs, _ in spent.values())
+    rows.append(["all", str(jobs), _duration(sum(seconds for _, seconds in spent.values()))])
+    return aligned(rows)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+    return f"{int(seconds) // 3600} h {int(seconds) % 3600 // 60:02d} min"
+
+
+def _look_next(folder: Path, *, logs: Path) -> list[str]:
+    """Return where a person finds more, of what is there."""
+    places = {
+        "scores and gain": [folder / "summary/summary.txt"],
+        "the model for nnUNetv2_predict": [folder / "model"],
+        "masks that taught": sorted(folder.glob(f"{CO_TRAINED}/round-*/audit/*.html"))[-2:],
+        "logs": [logs],
+    }
+    lines = [f"{what}: {path}" for what, paths in places.items() for path in paths if path.exists()]
+    if any(folder.glob("*/round-*/train_*/tensorboard")):
+        lines.append(f"curves: tensorboard --logdir {folder}")
+    return lines or [f"nothing yet; start it: snakemake --configfile config/{folder.name}.yaml"]
+
+
+# ---------------------------------------------------------------------------------- command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `cotrain status`."""
+    parser.add_argument("experiment", metavar="EXPERIMENT", help="its name, as in its settings")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("results"),
+        metavar="DIR",
+        help="folder of all results (default: results); benchmarks and logs lie beside it",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the status; InputError with the known experiments where the name is not one."""
+    results: Path = arguments.results
+    folder = results / arguments.experiment
+    known = sorted(path.name for path in results.glob("*/") if path.is_dir())
+    if not known:
+        print(
+            f"Nothing has been started: {results} holds no experiment. "
+            f"Start one: snakemake --configfile config/{arguments.experiment}.yaml"
+        )
+        return
+    if arguments.experiment not in known:
+        raise InputError(
+            f"There is no experiment '{arguments.experiment}' in {results}; "
+            f"known: {', '.join(known)}."
+        )
+    text = status_text(
+        folder,
+        benchmarks=results.parent / "benchmarks" / arguments.experiment,
+        logs=results.parent / "logs" / arguments.experiment,
+        now=time.time(),
+    )
+    print(text, end="")
