@@ -73,6 +73,10 @@ def test_record_beside_the_weights_says_where_they_came_from(lite0):
     assert record["source_sha256"].startswith("57934424")
 
 
+def test_whoever_may_read_the_record_may_read_the_weights(lite0):
+    assert lite0.stat().st_mode == lite0.with_suffix(".json").stat().st_mode
+
+
 def test_same_source_gives_the_same_bytes_and_meets_its_own_hash(pvt, tmp_path):
     first = fetch_weights(encoder="pvt_v2_b0", source=str(pvt[0]), out=tmp_path / "a.safetensors")
     second = fetch_weights(

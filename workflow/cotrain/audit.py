@@ -15,8 +15,7 @@ from medpy.metric.binary import dc
 from cotrain.errors import InputError
 from cotrain.evaluate import parse_labels
 from cotrain.files import read_table, sha256_of, write_table
-from cotrain.masks import write_soft
-from cotrain.nifti import check_same_grid, read_labels
+from cotrain.nifti import check_same_grid, read_labels, voxel_volume_ml
 from cotrain.nnunet import Planned
 
 COLUMNS = [
@@ -92,16 +91,34 @@ def verdict_on(case: str, sources: list[str], review: pd.DataFrame) -> dict | No
     return None
 
 
+def volume_of_replacement(mask: Path, image: str, labels: dict[str, int]) -> float:
+    """Return the foreground volume in ml of a mask that a person put in another's place.
+
+    Raises InputError where it is not on the image's grid or holds a value that is no label.
+    """
+    check_same_grid(image, mask)
+    values, affine, _ = read_labels(mask)
+    unknown = set(np.unique(values).tolist()) - {0, *labels.values()}
+    if unknown:
+        raise InputError(
+            f"The corrected mask {mask} holds the values {sorted(unknown)}, wanted 0 for the "
+            f"background and {sorted(labels.values())} for the labels; correct it."
+        )
+    return np.count_nonzero(values) * voxel_volume_ml(affine)
+
+
 def soft_of_replacement(mask: Path, row: dict, planned: Planned, path: Path) -> None:
     """Write a person's corrected mask as a certain soft mask on the preprocessed grid.
 
     mask: labels on the image's own grid; row: the case's row in the table of cases. nnU-Net's
-    preprocessing takes it there as it takes true labels. Raises InputError on another grid.
+    preprocessing takes it there as it takes true labels.
     """
+    # Heavy imports, and a corrected mask is the exception.
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
+    from cotrain.masks import write_soft
+
     images = row["image"].split(";")
-    check_same_grid(images[0], mask)
     _, labels, _ = DefaultPreprocessor(verbose=False).run_case(
         images, str(mask), planned.manager, planned.configuration("3d"), planned.dataset
     )
@@ -129,7 +146,7 @@ def audit_row(
     """Return the audit table's row of one case.
 
     made: its manifest row; row: its row in the table of unlabelled cases. Raises InputError where
-    the mask on disk is not the one that was made.
+    the mask on disk is not the one that was made, or a replacement does not fit.
     """
     mask = masks / made["mask"]
     if not mask.is_file() or sha256_of(mask) != made["mask_sha256"]:
@@ -144,6 +161,8 @@ def audit_row(
         accepted, reason = verdict["verdict"] != "exclude", by
         if verdict["verdict"] == "replace":
             mask = Path(verdict["mask"])
+            volume_ml = volume_of_replacement(mask, row["image"].split(";")[0], labels)
+            made = {**made, "confidence": "1.0000", "volume_ml": f"{volume_ml:.4f}"}
     elif float(made["volume_ml"]) == 0:
         accepted, reason = False, "the mask is empty"
     truth_dice = ""
@@ -200,7 +219,7 @@ def run(arguments: argparse.Namespace) -> None:
                 Planned.read(arguments.preprocessed),
                 soft,
             )
-            audited |= {"soft": str(soft), "soft_sha256": sha256_of(soft), "confidence": "1.0000"}
+            audited |= {"soft": str(soft), "soft_sha256": sha256_of(soft)}
         table.append(audited)
     frame = pd.DataFrame(table, columns=COLUMNS)
     write_table(frame, arguments.out)

@@ -219,8 +219,3 @@ def batches(source: BatchSource, *, workers: int, pin_memory: bool) -> Iterator[
         pin_memory=pin_memory,
         prefetch_factor=3 if workers else None,
     )
-
-
-def arrays_of(folder: str | Path, case: str) -> str:
-    """Return the path of a preprocessed case without suffix."""
-    return str(Path(folder, case))

@@ -24,12 +24,11 @@ from nnunetv2.inference.sliding_window_prediction import (
 )
 from torch import nn
 
-from cotrain.batches import arrays_of
 from cotrain.device import autocast, device_of, precision_of
 from cotrain.errors import InputError
 from cotrain.files import read_table, sha256_of, write_table
 from cotrain.masks import MANIFEST_COLUMNS, labels_on_image_grid, quantised, write_mask
-from cotrain.nnunet import Planned
+from cotrain.nnunet import Planned, arrays_of
 from cotrain.provenance import write_provenance
 from cotrain.settings import Inference, InferStage, load
 from cotrain.shards import shard_of

@@ -69,8 +69,8 @@ def foreground_locations(soft: np.ndarray) -> dict[str, list]:
     locations = {}
     for label in range(1, soft.shape[0] + 1):
         voxels = np.argwhere(label_index == label)
-        step = max(1, len(voxels) // LOCATIONS_PER_LABEL)
-        locations[str(label)] = voxels[::step][:LOCATIONS_PER_LABEL].tolist()
+        chosen = np.linspace(0, len(voxels) - 1, min(len(voxels), LOCATIONS_PER_LABEL))
+        locations[str(label)] = voxels[chosen.astype(int)].tolist()
     return locations
 
 

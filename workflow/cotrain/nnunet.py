@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from cotrain.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 CONFIGURATIONS = {"2d": "2d_cotrain", "3d": "3d_fullres"}
 """Network → configuration of the plans."""
@@ -88,7 +90,7 @@ class Planned:
         """Number of image channels."""
         return len(self.dataset["channel_names"])
 
-    def build_network(self, network: str, *, deep_supervision: bool) -> nn.Module:
+    def build_network(self, network: str, *, deep_supervision: bool) -> "nn.Module":
         """Build the `2d` or `3d` network with nnU-Net's own builder, randomly initialised."""
         from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
@@ -107,3 +109,8 @@ class Planned:
         """True for nnU-Net's own architectures, whose decoders give an output at each scale."""
         name = self.configuration(network).network_arch_class_name
         return name.startswith("dynamic_network_architectures.")
+
+
+def arrays_of(folder: str | Path, case: str) -> str:
+    """Return the path of a preprocessed case without suffix."""
+    return str(Path(folder, case))

@@ -1,10 +1,13 @@
 """Preprocessing: in, cases and the frozen plans; out, nnU-Net's Blosc2 arrays, case by case.
 
 Unlabelled and test cases go through the same plans without a label; nnU-Net then stores where the
-image is nonzero in place of one. A case that is already there is not done again.
+image is nonzero in place of one. A case that is already there, made from the same files by the same
+plans, is not done again.
 """
 
 import argparse
+import hashlib
+import json
 import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -13,23 +16,49 @@ from pathlib import Path
 import pandas as pd
 
 from cotrain.files import read_table, write_table
-from cotrain.nnunet import Planned
+from cotrain.nnunet import CONFIGURATIONS, Planned
 from cotrain.shards import shard_of
 
 SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
+NOT_READ = ("architecture", "batch_size", "batch_dice")
+"""Parts of a configuration that preprocessing does not read."""
+
+
+def origin_of(row: dict, planned: Planned, *, with_label: bool) -> str:
+    """Return a SHA-256 over all that the arrays of a case depend on; of files, size and time."""
+    plans = {name: value for name, value in planned.plans.items() if name != "configurations"}
+    configuration = planned.plans["configurations"][CONFIGURATIONS["3d"]]
+    files = row["image"].split(";") + ([row["label"]] if with_label else [])
+    stats = [os.stat(path) for path in files]
+    content = {
+        "plans": plans,
+        "configuration": {k: v for k, v in configuration.items() if k not in NOT_READ},
+        "labels": planned.dataset["labels"],
+        "files": [
+            [path, stat.st_size, stat.st_mtime_ns] for path, stat in zip(files, stats, strict=True)
+        ],
+        "with_label": with_label,
+    }
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def preprocess_case(row: dict, planned: Planned, out_dir: Path, *, with_label: bool) -> dict:
     """Preprocess one case and return its manifest row (case, shape on the preprocessed grid).
 
     row: a row of a checked case table. The three files are written under another name and renamed,
-    the properties last, so that a killed run leaves no case that looks whole but is not.
+    the properties last, so that a killed run leaves no case that looks whole but is not. The image
+    array carries what it was made from, so that changed plans or files do not leave it in use.
     """
     import blosc2
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
     final = out_dir / row["case"]
-    if not final.with_name(final.name + ".pkl").is_file():
+    array, properties = (final.with_name(final.name + suffix) for suffix in (".b2nd", ".pkl"))
+    origin = origin_of(row, planned, with_label=with_label)
+    whole = array.is_file() and properties.is_file()
+    there = blosc2.open(str(array), mode="r") if whole else None
+    if there is None or there.schunk.vlmeta.get("origin") != origin:
+        properties.unlink(missing_ok=True)
         partial_name = out_dir / f".partial-{row['case']}"
         for suffix in SUFFIXES:
             partial_name.with_name(partial_name.name + suffix).unlink(missing_ok=True)
@@ -41,12 +70,15 @@ def preprocess_case(row: dict, planned: Planned, out_dir: Path, *, with_label: b
             planned.configuration("3d"),
             planned.dataset,
         )
+        made = blosc2.open(str(partial_name) + ".b2nd", mode="a")
+        made.schunk.vlmeta["origin"] = origin
+        del made
         for suffix in SUFFIXES:
             os.replace(
                 partial_name.with_name(partial_name.name + suffix),
                 final.with_name(final.name + suffix),
             )
-    shape = blosc2.open(str(final) + ".b2nd", mode="r").shape[1:]
+    shape = blosc2.open(str(array), mode="r").shape[1:]
     return {"case": row["case"], "shape": "x".join(str(size) for size in shape)}
 
 

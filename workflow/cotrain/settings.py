@@ -236,13 +236,8 @@ class Settings(Section):
         if not isinstance(content, dict) or content.get("recipe") != "paper":
             return content
         given = content.get("cotraining") or {}
-        for name, value in PAPER.items():
-            if name in given and given[name] != value:
-                raise ValueError(
-                    f"recipe: paper sets cotraining.{name} to {value}, but {given[name]} was "
-                    "given; remove that line or the recipe"
-                )
-        return {**content, "cotraining": {**given, **PAPER}}
+        filled = _with_the_papers_values(given, PAPER, "cotraining")
+        return {**content, "cotraining": filled}
 
     @model_validator(mode="after")
     def _check_labels(self) -> "Settings":
@@ -279,6 +274,25 @@ class Settings(Section):
             "train_3d": self.train_stage("3d"),
             "infer": InferStage(inference=self.inference, compute=self.compute),
         }
+
+
+def _with_the_papers_values(given: Any, wanted: dict, section: str) -> Any:
+    """Return a section as given, filled with the wanted values; ValueError where they differ."""
+    if not isinstance(given, dict):
+        return given
+    filled = dict(given)
+    for name, value in wanted.items():
+        key = f"{section}.{name}"
+        if isinstance(value, dict):
+            filled[name] = _with_the_papers_values(given.get(name, {}), value, key)
+        elif given.get(name, value) != value:
+            raise ValueError(
+                f"recipe: paper sets {key} to {value}, but {given[name]} was given; remove that "
+                "line or the recipe"
+            )
+        else:
+            filled[name] = value
+    return filled
 
 
 class PlanStage(Section):

@@ -20,12 +20,12 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from cotrain.batches import STREAMS, BatchSource, Case, arrays_of, batches, seed_everything
+from cotrain.batches import STREAMS, BatchSource, Case, batches, seed_everything
 from cotrain.device import autocast, device_of, precision_of
 from cotrain.errors import InputError
 from cotrain.files import read_table, sha256_of, write_atomically
 from cotrain.losses import DiceAndSoftCrossEntropy
-from cotrain.nnunet import Planned
+from cotrain.nnunet import Planned, arrays_of
 from cotrain.provenance import write_provenance
 from cotrain.schedule import Schedule, Window
 from cotrain.settings import TrainStage, load

@@ -120,13 +120,13 @@ def fetch_weights(
 
     timm_encoder_holding(tensors, encoder=encoder)  # refuses what does not match
     with write_atomically(out) as temporary:
-        # Copies, because save_file takes no tensor that is strided or shares another's memory.
-        # Without metadata the same weights always give the same bytes.
+        # Copies, because safetensors takes no tensor that is strided or shares another's memory.
+        # Bytes, because its save_file makes a file that only its owner may read.
         copies = {
             name: tensor.clone(memory_format=torch.contiguous_format)
             for name, tensor in tensors.items()
         }
-        safetensors.torch.save_file(copies, temporary)
+        temporary.write_bytes(safetensors.torch.save(copies))
         sha256 = sha256_of(temporary)
         if expected_sha256 and sha256 != expected_sha256.lower():
             raise InputError(

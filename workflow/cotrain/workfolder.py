@@ -7,15 +7,21 @@ shows. It lies outside Snakemake's declared outputs, which Snakemake deletes whe
 
 import json
 import os
+import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
 from cotrain.errors import InputError
 from cotrain.files import write_json, write_text
 
+HEARTBEAT_SECONDS = 60
+"""Seconds between two signs of life in a lock."""
 HEARTBEAT_LIFETIME = 600
 """Seconds without a sign of life after which a lock of another machine counts as left behind."""
+SETTLING_SECONDS = 1
+"""Seconds in which two processes that start at once see each other's lock."""
 
 
 class WorkFolder:
@@ -24,6 +30,9 @@ class WorkFolder:
     folder: created where missing. name: one step's name inside it (a shard's number, say).
     identity: everything the result depends on, as JSON; `resumable` is False where the folder
     holds work of another identity, which the caller then throws away.
+
+    SIGTERM and SIGUSR1, which a cluster sends at a time limit, end the process inside the block at
+    once, and release the lock, so that the step can go on in another place without waiting.
 
     Raises InputError on entry where another living process holds the lock.
     """
@@ -36,11 +45,25 @@ class WorkFolder:
         self._lock = self.folder / f"{name}.lock"
         self._identity_file = self.folder / f"{name}.identity.json"
         self._error_file = self.folder / f"{name}.error.txt"
+        self._owner = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "born": _born(os.getpid()),
+            "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
+        }
         self._started = time.time()
+        self._done_before: int | None = None
+        self._ended = threading.Event()
+        self._pulse = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> "WorkFolder":
         self.folder.mkdir(parents=True, exist_ok=True)
         self._acquire()
+        # An epoch or a case may take longer than a lock of another machine is believed.
+        self._pulse.start()
+        self._handlers = {
+            number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGUSR1)
+        }
         self._error_file.unlink(missing_ok=True)
         self.resumable = (
             self._identity_file.is_file()
@@ -49,22 +72,34 @@ class WorkFolder:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if error is not None:
-            write_text(f"{type(error).__name__}: {error}\n", self._error_file)
-        self._lock.unlink(missing_ok=True)
+        self._ended.set()
+        self._pulse.join()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self._is_ours():
+            if isinstance(error, Exception):
+                write_text(f"{type(error).__name__}: {error}\n", self._error_file)
+            self._lock.unlink()
 
     def claim(self) -> None:
         """Say that the work in the folder now belongs to this identity."""
         write_json(self.identity, self._identity_file)
 
     def report(self, done: int, total: int, unit: str, **more: object) -> float:
-        """Write progress for `cotrain status` and renew the lock; return seconds left.
+        """Write progress for `cotrain status` and return seconds left.
 
         done, total: `unit`s (epochs or cases) finished in this step; the pace is this process's.
+        Raises InputError where another process has taken the folder over, as it may after this one
+        was suspended for long.
         """
-        if not hasattr(self, "_first"):
-            self._first = done - 1
-        pace = (time.time() - self._started) / max(1, done - self._first)
+        if not self._is_ours():
+            raise InputError(
+                f"{self.folder} was taken over by {self._living_owner() or 'another process'}, so "
+                "this one stops; wait for the other to end."
+            )
+        if self._done_before is None:
+            self._done_before = done - 1
+        pace = (time.time() - self._started) / max(1, done - self._done_before)
         left = pace * (total - done)
         write_json(
             {
@@ -73,49 +108,76 @@ class WorkFolder:
                 "seconds_left": round(left),
                 **more,
                 "updated": time.time(),
-                "host": socket.gethostname(),
-                "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
+                "host": self._owner["host"],
+                "slurm_job": self._owner["slurm_job"],
             },
             self.folder / f"{self.name}.progress.json",
         )
-        self._write_lock()
         return left
 
     def _acquire(self) -> None:
         try:
             # O_EXCL is atomic on local disks and on NFS from version 3 on.
             os.close(os.open(self._lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            self._write_lock()
         except FileExistsError:
             owner = self._living_owner()
-            if owner:
+            if owner is None:
+                self._write_lock()
+                # Of several that find the same lock left behind, the last to write has it.
+                time.sleep(SETTLING_SECONDS)
+                owner = None if self._is_ours() else self._living_owner()
+            if owner is not None:
                 raise InputError(
                     f"{self.folder} is being written by {owner}; wait for it to end or cancel it "
                     f"(if it is surely gone, remove {self._lock})."
                 ) from None
-        self._write_lock()
 
     def _write_lock(self) -> None:
-        write_json(
-            {
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
-                "heartbeat": time.time(),
-            },
-            self._lock,
-        )
+        write_json({**self._owner, "heartbeat": time.time()}, self._lock)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(HEARTBEAT_SECONDS):
+            if self._is_ours():
+                self._write_lock()
+
+    def _read_lock(self) -> dict | None:
+        try:
+            return json.loads(self._lock.read_text())
+        except (json.JSONDecodeError, FileNotFoundError):
+            return None
+
+    def _is_ours(self) -> bool:
+        lock = self._read_lock()
+        return lock is not None and self._owner.items() <= lock.items()
 
     def _living_owner(self) -> str | None:
         """Return who holds the lock, or None where that process is dead or long silent."""
-        try:
-            owner = json.loads(self._lock.read_text())
-        except (json.JSONDecodeError, FileNotFoundError):
-            # Killed between creating and filling the lock, or just released.
+        owner = self._read_lock()
+        if owner is None:
+            # Between making the lock and filling it; or killed there, or just released.
+            time.sleep(SETTLING_SECONDS)
+            owner = self._read_lock()
+        if owner is None:
             return None
-        if owner["host"] == socket.gethostname():
-            if not Path(f"/proc/{owner['pid']}").exists():
+        if owner["host"] == self._owner["host"]:
+            # Process numbers are used again, above all in containers, their birth is not.
+            if owner["born"] is None or owner["born"] != _born(owner["pid"]):
                 return None
         elif time.time() - owner["heartbeat"] > HEARTBEAT_LIFETIME:
             return None
         job = f", SLURM job {owner['slurm_job']}" if owner["slurm_job"] else ""
         return f"process {owner['pid']} on {owner['host']}{job}"
+
+
+def _born(pid: int) -> str | None:
+    """Return when a living process of this machine started, in ticks since boot; None if dead."""
+    try:
+        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if state in "ZX" else numbers[18]
+
+
+def _stop(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)

@@ -1,0 +1,41 @@
+# make demo: set up, make the demo's data, run everything, print the table.
+# make test: set up and run all tests that a fresh machine can.
+PYTHON ?= python3
+VENV ?= .venv
+CORES ?= all
+BIN := $(VENV)/bin
+RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
+
+.PHONY: demo test lint schema clean
+
+demo: $(VENV)/ready
+	$(RUN) cotrain make-demo-data --folder data/demo
+	$(RUN) snakemake --cores $(CORES) --configfile config/demo.yaml --quiet rules
+	@cat results/demo/summary/summary.txt
+	@echo
+	@echo "Look next: results/demo/summary/montage.png (one case through the rounds),"
+	@echo "results/demo/cases/dataset_report.html, results/demo/cotrain/round-01/audit/train_3d.html,"
+	@echo "results/demo/model (a plain nnU-Net folder), README.md (your own data)."
+
+test: lint
+	$(RUN) pytest -q -m "not slow"
+
+lint: $(VENV)/ready
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) snakefmt --check Snakefile workflow/rules
+	$(RUN) snakemake --lint
+
+schema: $(VENV)/ready
+	$(BIN)/cotrain schema > config/schema.json
+	sed -i "/^| setting/,\$$d" config/README.md
+	$(BIN)/cotrain schema --table >> config/README.md
+
+$(VENV)/ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else f"Python {v[0]}.{v[1]} found, 3.11 or 3.12 wanted; run: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) data/demo results/demo logs/demo benchmarks/demo .snakemake

@@ -1,0 +1,53 @@
+"""Co-training of a 2D and a 3D network: in, a case table and settings; out, everything in results/.
+
+One command runs it all: snakemake --configfile config/<name>.yaml
+Every path starts with results/<experiment>; a round has two digits; two arms run side by side:
+`cotrain`, and `labels_only`, its control. What a job needs is asked of workflow/rules/common.smk.
+Every cluster job parses this file again: nothing heavier than pandas and pydantic is imported.
+"""
+
+import sys
+from pathlib import Path
+
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+# The rules run the installed package; parsing must also work where it is not installed.
+sys.path.insert(0, str(Path(workflow.basedir, "workflow")))
+
+
+report: "workflow/report/workflow.rst"
+
+
+include: "workflow/rules/common.smk"
+
+
+wildcard_constraints:
+    experiment="|".join(SETTINGS) or "[^/]+",
+    arm="cotrain|labels_only",
+    network="2d|3d",
+    round=r"\d\d",
+    shard=r"\d+",
+    split="labelled|unlabelled|test",
+
+
+localrules:
+    all,
+    write_settings,
+    fetch_weights,
+
+
+rule all:
+    """Everything that the settings ask for."""
+    default_target: True
+    input:
+        everything_asked_for,
+
+
+include: "workflow/rules/prepare.smk"
+include: "workflow/rules/train.smk"
+include: "workflow/rules/pseudo.smk"
+include: "workflow/rules/audit.smk"
+include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/report.smk"

@@ -1,0 +1,156 @@
+"""One contract for every network that trains: resumed to the last bit, inferred, exported.
+
+A new network is one line in NETWORKS.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from medpy.metric.binary import dc
+
+from cotrain.plan import configuration_2d
+from cotrain.settings import Network2D
+
+NETWORKS = ["2d full", "2d lora", "2d frozen", "3d plain", "3d resenc"]
+STOCK_PREDICTION = """
+import sys
+sys.modules["cotrain"] = None  # as on a machine that has never heard of it: importing it fails
+from nnunetv2.inference.predict_from_raw_data import predict_entry_point
+predict_entry_point()
+"""
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def network_and_experiment(request, tiny, tmp_path_factory):
+    """Return `2d` or `3d` and the experiment whose plans hold the network."""
+    network, kind = request.param.split()
+    if network == "3d":
+        return network, tiny if kind == "plain" else request.getfixturevalue("tiny_resenc")
+    folder = tmp_path_factory.mktemp(f"plans_{kind}")
+    plans = json.loads((tiny.preprocessed / "plans.json").read_text())
+    wanted = tiny.settings.network_2d.model_copy(update={"adaptation": kind})
+    plans["configurations"]["2d_cotrain"] = configuration_2d(
+        plans, Network2D.model_validate(wanted.model_dump())
+    )
+    (folder / "plans.json").write_text(json.dumps(plans))
+    for name in ("dataset.json", "labelled", "unlabelled", "test"):
+        (folder / name).symlink_to(tiny.preprocessed / name)
+    return network, replace(tiny, preprocessed=folder)
+
+
+@pytest.fixture(scope="module")
+def two_rounds(network_and_experiment, train, audit_table, tmp_path_factory):
+    """Return the trainings of two rounds; pseudo-masks teach wherever the method has them."""
+    network, experiment = network_and_experiment
+    folder = tmp_path_factory.mktemp("rounds")
+    teacher = ("--arm", "cotrain", "--audit", audit_table)
+    first = train(
+        experiment,
+        network,
+        folder / "round-00",
+        *("--arm", "cotrain", "--round", 0),
+        *(() if network == "2d" else ("--audit", audit_table)),
+    )
+    second = train(
+        experiment,
+        network,
+        folder / "round-01",
+        *(*teacher, "--round", 1, "--previous", first.checkpoint),
+    )
+    return first, second
+
+
+def provenance(folder: Path) -> dict:
+    return json.loads((folder / "provenance.json").read_text())
+
+
+def test_weights_change_in_each_round_and_the_checkpoint_holds_no_pickled_code(two_rounds):
+    contents = [torch.load(each.checkpoint, weights_only=True) for each in two_rounds]
+    assert contents[1]["epoch"] - contents[0]["epoch"] == 4
+    assert len(contents[1]["curve"]) == contents[1]["epoch"]
+    first, second = (provenance(each.folder)["weights_hash"] for each in two_rounds)
+    assert first != second
+    moved = [
+        name
+        for name, tensor in contents[0]["network_weights"].items()
+        if not torch.equal(tensor, contents[1]["network_weights"][name])
+    ]
+    assert moved
+
+
+def test_training_killed_after_an_epoch_ends_in_the_bits_of_an_undisturbed_one(
+    two_rounds, kill_once, cotrain, tmp_path, capsys
+):
+    undisturbed = two_rounds[1]
+    words = [str(tmp_path) if w == str(undisturbed.folder) else w for w in undisturbed.words]
+    kill_once(words, tmp_path / "work" / "latest.pth")
+    assert not (tmp_path / "checkpoint.pth").exists()
+    cotrain(*words)
+    assert "Resuming after epoch" in capsys.readouterr().out
+    assert provenance(tmp_path)["weights_hash"] == provenance(undisturbed.folder)["weights_hash"]
+    without_seconds = [
+        [line.rsplit(",", 1)[0] for line in (folder / "curve.csv").read_text().splitlines()]
+        for folder in (tmp_path, undisturbed.folder)
+    ]
+    assert without_seconds[0] == without_seconds[1]
+
+
+def test_infers_masks_on_the_images_own_grid(
+    network_and_experiment, two_rounds, cotrain, infer_words, tmp_path
+):
+    network, experiment = network_and_experiment
+    cotrain(*infer_words(experiment, network, two_rounds[1].checkpoint, tmp_path))
+    for row in experiment.rows("test"):
+        mask, image = nibabel.load(tmp_path / f"{row['case']}.nii.gz"), nibabel.load(row["image"])
+        assert mask.shape == image.shape
+        assert np.array_equal(mask.affine, image.affine)
+        assert mask.get_data_dtype() == np.uint8
+
+
+def test_stock_nnunet_predicts_the_same_masks_without_this_package(
+    network_and_experiment, two_rounds, cotrain, infer_words, tmp_path
+):
+    network, experiment = network_and_experiment
+    if network == "2d":
+        pytest.skip("the 3D network is the product; stock nnU-Net has no timm encoders")
+    ours, images, stock = (tmp_path / name for name in ("ours", "images", "stock"))
+    images.mkdir()
+    for row in experiment.rows("test"):
+        (images / f"{row['case']}_0000.nii.gz").symlink_to(row["image"])
+    words = infer_words(experiment, network, two_rounds[1].checkpoint, ours)
+    cotrain(*words)
+    cotrain(
+        *("export", "--checkpoint", two_rounds[1].checkpoint, "--out-dir", tmp_path / "model"),
+        *("--preprocessed", experiment.preprocessed),
+        *("--settings", words[words.index("--settings") + 1]),
+    )
+    environment = {name: str(tmp_path) for name in ("nnUNet_raw", "nnUNet_preprocessed")}
+    environment["nnUNet_results"] = str(tmp_path / "model")
+    subprocess.run(
+        [
+            *(sys.executable, "-c", STOCK_PREDICTION, "-i", str(images), "-o", str(stock)),
+            *("-d", "Dataset001_cotrain", "-c", "3d_fullres", "-f", "all", "-device", "cpu"),
+            *("-npp", "0", "-nps", "0"),
+        ],
+        env={**os.environ, **environment},
+        check=True,
+        capture_output=True,
+    )
+    for row in experiment.rows("test"):
+        masks = [
+            np.asarray(nibabel.load(folder / f"{row['case']}.nii.gz").dataobj)
+            for folder in (ours, stock)
+        ]
+        truth = np.asarray(nibabel.load(row["label"]).dataobj)
+        for value in experiment.settings.labels.values():
+            # Far from perfect after 64 batches, but a mask that says something.
+            assert dc(masks[0] == value, truth == value) > 0.6
+            assert dc(masks[0] == value, masks[1] == value) >= 0.999

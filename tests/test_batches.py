@@ -1,0 +1,220 @@
+"""Batches: the same whoever makes them, with the targets and shares that were asked for."""
+
+import blosc2
+import numpy as np
+import pytest
+import torch
+
+from cotrain.batches import BatchSource, Case, batches, seed_everything
+from cotrain.masks import foreground_locations, write_soft
+from cotrain.nnunet import Planned, arrays_of
+
+NETWORKS = ["2d", "3d"]
+
+
+@pytest.fixture
+def planned(tiny):
+    return Planned.read(tiny.preprocessed)
+
+
+@pytest.fixture
+def labelled(tiny):
+    return [
+        Case(row["case"], arrays_of(tiny.preprocessed / "labelled", row["case"]))
+        for row in tiny.rows("labelled")
+    ]
+
+
+@pytest.fixture
+def unlabelled(tiny, pseudo_masks):
+    return [
+        Case(
+            row["case"],
+            arrays_of(tiny.preprocessed / "unlabelled", row["case"]),
+            str(pseudo_masks / f"{row['case']}.b2nd"),
+        )
+        for row in tiny.rows("unlabelled")
+    ]
+
+
+def source_of(planned, network, labelled, unlabelled, counts, *, epoch=0, seed=0):
+    return BatchSource(
+        planned,
+        network,
+        labelled=labelled,
+        unlabelled=unlabelled,
+        counts=np.array(counts),
+        seed=seed,
+        epoch=epoch,
+    )
+
+
+def same(a, b):
+    return torch.equal(a["data"], b["data"]) and torch.equal(a["target"], b["target"])
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_batch_does_not_depend_on_workers_or_on_what_was_drawn_before(
+    network, planned, labelled, unlabelled
+):
+    source = source_of(planned, network, labelled, unlabelled, [1, 0, 1, 2])
+    in_order = list(batches(source, workers=0, pin_memory=False))
+    by_workers = list(batches(source, workers=2, pin_memory=False))
+    assert len(in_order) == len(by_workers) == 4
+    assert all(same(*pair) for pair in zip(in_order, by_workers, strict=True))
+    alone = source_of(planned, network, labelled, unlabelled, [1, 0, 1, 2])
+    seed_everything(99)
+    assert same(alone[2], in_order[2])
+
+
+def test_every_iteration_epoch_and_seed_draws_another_batch(planned, labelled, unlabelled):
+    first = source_of(planned, "3d", labelled, unlabelled, [1, 1])
+    others = [
+        first[1],
+        source_of(planned, "3d", labelled, unlabelled, [1, 1], epoch=1)[0],
+        source_of(planned, "3d", labelled, unlabelled, [1, 1], seed=1)[0],
+    ]
+    assert not any(same(first[0], other) for other in others)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_labelled_samples_come_first_and_pseudo_labelled_ones_are_counted(
+    network, planned, labelled, unlabelled
+):
+    configuration = planned.configuration(network)
+    counts = list(range(configuration.batch_size + 1))
+    source = source_of(planned, network, labelled, unlabelled, counts)
+    for iteration, count in enumerate(counts):
+        batch = source[iteration]
+        assert batch["data"].shape == (configuration.batch_size, 1, *configuration.patch_size)
+        assert batch["target"].shape == (configuration.batch_size, 3, *configuration.patch_size)
+        torch.testing.assert_close(batch["target"].sum(1), torch.ones_like(batch["target"][:, 0]))
+        # The teacher's masks are nowhere quite certain; true labels are everywhere.
+        is_soft = [((each > 0) & (each < 1)).any().item() for each in batch["target"]]
+        assert is_soft == [False] * (configuration.batch_size - count) + [True] * count
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_certain_soft_mask_teaches_what_its_label_teaches(network, planned, labelled, tmp_path):
+    label = labelled[2]
+    truth = blosc2.open(label.arrays + "_seg.b2nd")[0]
+    certain = np.stack([truth == 1, truth == 2]).astype(np.uint8) * 255
+    write_soft(certain, tmp_path / "soft.b2nd", patch_size=(12, 16, 32))
+    soft = Case(label.name, label.arrays, str(tmp_path / "soft.b2nd"))
+    source = source_of(planned, network, [label], [soft], [0])
+    exactly, turned = 0, 0
+    for seed in range(30):
+        samples = []
+        for case in (label, soft):
+            seed_everything(seed)
+            samples.append(source._sample(case, aimed=False))
+        (image, target), (same_image, soft_target) = samples
+        assert torch.equal(image, same_image)
+        if torch.equal(target, soft_target):
+            exactly += 1
+            continue
+        turned += 1
+        # Interpolated: certain inside, and on the right side of one half nearly everywhere.
+        assert (target.argmax(0) == soft_target.argmax(0)).float().mean() > 0.98
+        assert (target - soft_target).abs().mean() < 0.05
+    assert exactly > 10
+    assert turned > 4
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_outside_the_body_is_zero_where_nnunet_normalises_inside_it(network, planned, unlabelled):
+    masked = Planned(
+        {
+            **planned.plans,
+            "configurations": {
+                name: content | {"use_mask_for_norm": [True]}
+                for name, content in planned.plans["configurations"].items()
+            },
+        },
+        planned.dataset,
+    )
+    counts = [planned.configuration(network).batch_size] * 4
+    with_mask = source_of(masked, network, unlabelled, unlabelled, counts)
+    without = source_of(planned, network, unlabelled, unlabelled, counts)
+    for iteration in range(4):
+        a, b = with_mask[iteration], without[iteration]
+        assert torch.equal(a["target"], b["target"])
+        changed = a["data"] != b["data"]
+        assert changed.any()
+        assert (a["data"][changed] == 0).all()
+
+
+def test_the_audits_weight_is_the_chance_to_be_drawn(planned, labelled, unlabelled, tmp_path):
+    shape = blosc2.open(unlabelled[0].arrays + ".b2nd").shape[1:]
+    for value in (0, 255):
+        soft = np.stack([np.full(shape, value), np.zeros(shape)]).astype(np.uint8)
+        write_soft(soft, tmp_path / f"{value}.b2nd", patch_size=(12, 16, 32))
+
+    def shell_share(weights):
+        cases = [
+            Case("a", unlabelled[0].arrays, str(tmp_path / f"{value}.b2nd"), weight)
+            for value, weight in zip((0, 255), weights, strict=True)
+        ]
+        source = source_of(planned, "2d", labelled, cases, [4] * 40)
+        targets = torch.cat([source[i]["target"] for i in range(40)])
+        return (targets[:, 1].amax((1, 2)) > 0).float().mean().item()
+
+    assert shell_share([1, 0]) == 0
+    assert shell_share([0, 5]) == 1
+    # 160 draws with chance 3/4: the standard deviation is 0.034.
+    assert shell_share([1, 3]) == pytest.approx(0.75, abs=0.1)
+
+
+def test_nnunets_share_of_samples_is_aimed_at_foreground_in_any_place(planned, unlabelled):
+    aimed = []
+    source = source_of(planned, "3d", unlabelled, unlabelled, [2] * 20)
+    original = source._sample
+    source._sample = lambda case, *, aimed: seen.append(aimed) or original(case, aimed=aimed)
+    for iteration in range(20):
+        seen = []
+        source[iteration]
+        aimed.append(seen)
+    # Stock nnU-Net aims the last of two: round(2 x 0.67) = 1 is left to chance.
+    assert [sum(each) for each in aimed] == [1] * 20
+    assert 0 < sum(each[0] for each in aimed) < 20
+
+
+def test_foreground_locations_are_spread_over_the_whole_object():
+    soft = np.zeros((2, 3, 20, 20), dtype=np.uint8)
+    soft[0, :, :, :15] = 200  # 900 voxels: more than 500, less than twice as many
+    soft[1, 1, 19, 19] = 255
+    locations = foreground_locations(soft)
+    shell = np.array(locations["1"])
+    assert len(shell) == len(np.unique(shell, axis=0)) == 500
+    assert [np.sum(shell[:, 0] == z) for z in range(3)] == pytest.approx([500 / 3] * 3, abs=1)
+    assert shell[0].tolist() == [0, 0, 0]
+    assert shell[-1].tolist() == [2, 19, 14]
+    assert locations["2"] == [[1, 19, 19]]
+
+
+def test_an_aimed_patch_holds_a_voxel_that_the_teacher_calls_foreground(
+    planned, unlabelled, tmp_path
+):
+    shape = blosc2.open(unlabelled[0].arrays + ".b2nd").shape[1:]
+    soft = np.zeros((2, *shape), dtype=np.uint8)
+    soft[1, shape[0] - 2, shape[1] - 3, 2] = 255
+    write_soft(soft, tmp_path / "corner.b2nd", patch_size=(12, 16, 32))
+    corner = Case("corner", unlabelled[0].arrays, str(tmp_path / "corner.b2nd"))
+    for network in NETWORKS:
+        source = source_of(planned, network, [], [corner], [0])
+        source.transforms = _no_augmentation(source.patch_size)
+        for seed in range(20):
+            seed_everything(seed)
+            _, target = source._sample(corner, aimed=True)
+            assert target[2].max() == 1
+
+
+def _no_augmentation(patch_size):
+    def crop(**sample):
+        cut = [
+            slice((whole - part) // 2, (whole - part) // 2 + part)
+            for whole, part in zip(sample["image"].shape[1:], patch_size, strict=True)
+        ]
+        return {name: tensor[(slice(None), *cut)] for name, tensor in sample.items()}
+
+    return crop

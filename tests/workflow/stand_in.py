@@ -1,0 +1,38 @@
+"""Stands for the `cotrain` command in tests of the DAG: in, a command line; out, its outputs.
+
+Writes the files that each rule declares, with the command line as their content.
+"""
+
+import itertools
+import os
+import sys
+import time
+from pathlib import Path
+
+MODEL = "Dataset001_cotrain/nnUNetTrainer__nnUNetPlans__3d_fullres"
+MADE_IN_OUT_DIR = {
+    "check-data": "labelled.tsv unlabelled.tsv test.tsv dataset.tsv dataset_report.html",
+    "plan": "plans.json dataset.json dataset_fingerprint.json",
+    "preprocess": "manifest-{shard}.tsv",
+    "train": "checkpoint.pth curve.csv provenance.json",
+    "infer": "manifest-{shard}.tsv provenance-{shard}.json",
+    "merge": "manifest-{shard}.tsv provenance-{shard}.json",
+    "summarise": "scores.tsv summary.txt dice_per_round.png training_curves.png",
+    "export": f"{MODEL}/plans.json {MODEL}/dataset.json {MODEL}/dataset_fingerprint.json "
+    f"{MODEL}/fold_all/checkpoint_final.pth provenance.json",
+}
+
+command, *words = sys.argv[1:]
+options = dict(itertools.pairwise(words))
+if command == "train":
+    time.sleep(float(os.environ.get("STAND_IN_SECONDS", "0")))
+if "--out" in options:
+    outputs = [Path(options["--out"])]
+else:
+    names = MADE_IN_OUT_DIR[command].format(shard=options.get("--shard", "")).split()
+    outputs = [Path(options["--out-dir"], name) for name in names]
+if command == "fetch-weights":
+    outputs.append(Path(options["--out"]).with_suffix(".json"))
+for path in outputs:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(" ".join(sys.argv[1:]) + "\n")

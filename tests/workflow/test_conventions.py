@@ -1,0 +1,121 @@
+"""Conventions: in, the files of the repository; out, whether rules, pins and formats hold them."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cotrain.settings import Settings
+
+CLONE = Path(__file__).parents[2]
+RULE_FILES = sorted((CLONE / "workflow/rules").glob("*.smk"))
+
+
+def rules() -> dict[str, str]:
+    """Return {name: text} of every rule under workflow/rules, all of which compute."""
+    found = {}
+    for path in RULE_FILES:
+        for block in re.split(r"^rule ", path.read_text(), flags=re.MULTILINE)[1:]:
+            found[block.split(":", 1)[0]] = block
+    return found
+
+
+def directives(rule: str) -> set[str]:
+    """Return the names of a rule's directives."""
+    return set(re.findall(r"^    (\w+):", rule, flags=re.MULTILINE))
+
+
+def run(*command: str) -> None:
+    """Run a checker in the clone; its complaint is the assertion's message."""
+    ran = subprocess.run(command, cwd=CLONE, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize("name", rules())
+def test_every_rule_says_what_it_does_and_needs(name: str):
+    rule = rules()[name]
+    assert rule.split("\n", 1)[1].lstrip().startswith('"""')
+    wanted = {"output", "params", "log", "conda", "shell"}
+    # writing a few settings has nothing to measure
+    if name != "write_settings":
+        wanted |= {"input", "benchmark", "threads", "resources"}
+        assert "mem_mb=" in rule
+        assert "runtime=" in rule
+    assert wanted <= directives(rule)
+    assert "script" not in directives(rule)
+
+
+@pytest.mark.parametrize("name", [name for name in rules() if name != "write_settings"])
+def test_every_rule_calls_one_command_with_one_option_a_line(name: str):
+    shell = rules()[name].split('r"""\n', 1)[1].split('"""', 1)[0]
+    first, *lines = shell.strip().splitlines()
+    assert re.fullmatch(r"cotrain [a-z-]+ \\", first)
+    *options, log = [line.strip() for line in lines]
+    assert log == ">{log:q} 2>&1"
+    for option in options:
+        assert re.fullmatch(r"(--[a-z-]+ \S+|\{params\.\w+\}) \\", option), option
+
+
+@pytest.mark.parametrize("name", rules())
+def test_every_path_is_quoted(name: str):
+    shell = rules()[name].split("    shell:", 1)[1]
+    assert re.findall(r"\{(?:input|output|log)[.\w]*\}", shell) == []
+    paths_in_params = set(re.findall(r"^        (\w+)=subpath", rules()[name], flags=re.MULTILINE))
+    unquoted = set(re.findall(r"\{params\.(\w+)\}", shell))
+    assert not paths_in_params & unquoted
+
+
+@pytest.mark.parametrize("name", rules())
+def test_every_path_starts_with_its_experiment(name: str):
+    for path in re.findall(r'"((?:results|logs|benchmarks)/[^"]*)"', rules()[name]):
+        assert path.split("/")[1] == "{experiment}"
+
+
+def test_the_pins_of_conda_and_pip_are_equal():
+    project = tomllib.loads((CLONE / "pyproject.toml").read_text())["project"]
+    environment = yaml.safe_load((CLONE / "envs/cotrain.yaml").read_text())
+    (from_pip,) = [each["pip"] for each in environment["dependencies"] if isinstance(each, dict)]
+    assert sorted(from_pip) == sorted(project["dependencies"])
+    assert all("==" in each for each in from_pip)
+
+
+def test_the_schema_is_that_of_the_settings():
+    """Mend it with `cotrain schema > config/schema.json`."""
+    assert json.loads((CLONE / "config/schema.json").read_text()) == Settings.model_json_schema()
+
+
+def test_every_ready_config_is_valid():
+    from cotrain.settings import load
+
+    for path in (CLONE / "config").glob("*.yaml"):
+        load(path)
+
+
+def test_the_profiles_hold_different_keys():
+    """The default profile wins over `--profile slurm`, so a key in both would be dead there."""
+    default = yaml.safe_load((CLONE / "profiles/default/config.yaml").read_text())
+    slurm = yaml.safe_load((CLONE / "slurm/config.yaml").read_text())
+    assert not default.keys() & slurm.keys()
+
+
+def test_the_library_never_imports_snakemake():
+    for path in (CLONE / "workflow/cotrain").glob("*.py"):
+        assert not re.search(r"^\s*(import|from) snakemake", path.read_text(), re.MULTILINE), path
+
+
+def test_snakemake_lint_is_clean():
+    run(sys.executable, "-m", "snakemake", "--lint")
+
+
+def test_the_rules_are_formatted():
+    run(sys.executable, "-m", "snakefmt", "--check", "Snakefile", "workflow/rules")
+
+
+def test_the_code_is_clean():
+    run(sys.executable, "-m", "ruff", "check", ".")
+    run(sys.executable, "-m", "ruff", "format", "--check", ".")

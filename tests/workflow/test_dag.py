@@ -1,0 +1,549 @@
+"""The DAG: in, settings and a case table; out, which jobs run, who teaches whom, what runs again.
+
+Jobs are read from `snakemake -n`. Finished runs are made with a stand-in for the `cotrain` command
+that writes the declared outputs: what is tested here is the workflow, not the commands.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+CLONE = Path(__file__).parents[2]
+SNAKEMAKE = [sys.executable, "-m", "snakemake", "--snakefile", str(CLONE / "Snakefile")]
+
+
+class Plan(NamedTuple):
+    """What `snakemake -n` says: the number of jobs of each rule, and their commands."""
+
+    jobs: Counter
+    commands: list[dict[str, str]]
+    text: str
+
+    def of(self, command: str) -> list[dict[str, str]]:
+        return [each for each in self.commands if each["command"] == command]
+
+    def trained(self) -> set[str]:
+        """Return e.g. `cotrain/round-00/train_2d` for every training."""
+        return {each["--out-dir"].removeprefix("results/tiny/") for each in self.of("train")}
+
+    def teachers(self) -> dict[str, str]:
+        """Return what teaches each training: e.g. `round-01/teacher_3d`, or `` for labels alone."""
+        masks = {each["--out"]: each["--masks"] for each in self.of("audit")}
+        return {
+            each["--out-dir"].removeprefix("results/tiny/"): (
+                masks[each["--audit"]].removeprefix("results/tiny/cotrain/")
+                if "--audit" in each
+                else ""
+            )
+            for each in self.of("train")
+        }
+
+    def sources(self) -> dict[str, list[str]]:
+        """Return the pseudo-masks that each merged set is the mean of, all in the arm cotrain."""
+        return {
+            each["--out-dir"].removeprefix("results/tiny/cotrain/"): [
+                folder.removeprefix("results/tiny/cotrain/") for folder in each["--masks"].split()
+            ]
+            for each in self.of("merge")
+            if "teacher" in each["--out-dir"]
+        }
+
+
+def snakemake(folder: Path, *options: str, **more_environment: str) -> subprocess.CompletedProcess:
+    """Run Snakemake in `folder` with the stand-in for `cotrain` on the path."""
+    bin_folder = folder / "bin"
+    bin_folder.mkdir(exist_ok=True)
+    stand_in = bin_folder / "cotrain"
+    stand_in.write_text(
+        f'#!/bin/sh\nexec {sys.executable} -S {CLONE}/tests/workflow/stand_in.py "$@"\n'
+    )
+    stand_in.chmod(0o755)
+    path = f"{bin_folder}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        [*SNAKEMAKE, *options],
+        cwd=folder,
+        env={**os.environ, "PATH": path, **more_environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def settings_file(folder: Path, **changes: object) -> Path:
+    """Write the test's settings with `changes` (`a__b=1` sets `b` in section `a`)."""
+    content = {"experiment": "tiny", "cases": "cases.tsv", "labels": {"a": 1, "b": 2}, "rounds": 2}
+    for key, value in changes.items():
+        *sections, name = key.split("__")
+        section = content
+        for each in sections:
+            section = section.setdefault(each, {})
+        section[name] = value
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def write_cases(folder: Path, *, labelled: int = 2, unlabelled: int = 4, test: int = 2) -> None:
+    """Write a case table and its files, which are empty: the DAG only asks whether they exist."""
+    splits = ["labelled"] * labelled + ["unlabelled"] * unlabelled + ["test"] * test
+    rows = ["case\timage\tlabel\tsplit"]
+    (folder / "data").mkdir()
+    for number, split in enumerate(splits):
+        image, label = f"data/image_{number}.nii.gz", f"data/label_{number}.nii.gz"
+        (folder / image).touch()
+        (folder / label).touch()
+        rows.append(f"case_{number}\t{image}\t{label}\t{split}")
+    (folder / "cases.tsv").write_text("\n".join(rows) + "\n")
+
+
+def planned(folder: Path, *options: str, **changes: object) -> Plan:
+    """Return what a dry run with these settings would do."""
+    config = settings_file(folder, **changes)
+    ran = snakemake(folder, "-n", "--configfile", str(config), *options)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    text = ran.stdout
+    jobs = Counter()
+    if "Job stats:" in text:
+        table = text.rsplit("Job stats:", 1)[1].split("total", 1)[0]
+        jobs = Counter(
+            {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", table, re.M)}
+        )
+    commands = []
+    for line in text.replace("\\\n", " ").splitlines():
+        if line.strip().startswith("cotrain "):
+            commands.append(options_in(line.split(" >logs/")[0]))
+    return Plan(jobs, commands, text)
+
+
+def options_in(line: str) -> dict[str, str]:
+    """Return {option: its values, joined by a blank} of a command line, and its `command`."""
+    _, command, *words = shlex.split(line)
+    found = {"command": command}
+    option = ""
+    for word in words:
+        if word.startswith("--"):
+            option = word
+            found[option] = ""
+        else:
+            found[option] = f"{found[option]} {word}".strip()
+    return found
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    write_cases(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose two rounds are done."""
+    folder = tmp_path_factory.mktemp("finished") / "project"
+    folder.mkdir()
+    write_cases(folder)
+    ran = snakemake(folder, "--configfile", str(settings_file(folder)))
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return folder
+
+
+@pytest.fixture
+def finished(finished_once: Path, tmp_path: Path) -> Path:
+    """A copy of that project, to change; times of change are kept.
+
+    It stands at another path, so the one job that takes an image itself as its input, the montage,
+    is always planned.
+    """
+    copy = tmp_path / "project"
+    shutil.copytree(finished_once, copy)
+    return copy
+
+
+# ------------------------------------------------------------------------------- job counts
+
+
+def test_two_rounds_have_the_jobs_counted_by_hand(project: Path):
+    assert planned(project).jobs == {
+        "write_settings": 4,
+        "check_data": 1,
+        "plan": 1,
+        "preprocess": 3,
+        "fetch_weights": 1,
+        # 2 arms x 2 networks x 2 rounds, without the control's 2D round 00: nobody taught it
+        "train": 7,
+        "infer_pseudo_masks": 4,
+        # the means that teach 2D and 3D in round 01
+        "merge_pseudo_masks": 2,
+        # 3D in round 00, 2D and 3D in round 01
+        "audit": 3,
+        "draw_audit_page": 3,
+        "infer_test_masks": 7,
+        # the mean of both networks after the last round, in both arms
+        "merge_test_masks": 2,
+        "evaluate": 10,
+        "summarise": 1,
+        "draw_montage": 1,
+        "export": 1,
+        "all": 1,
+    }  # fmt: skip
+
+
+def test_jobs_do_not_grow_with_the_number_of_cases(tmp_path: Path):
+    plans = []
+    for name, unlabelled in (("few", 4), ("many", 400)):
+        (tmp_path / name).mkdir()
+        write_cases(tmp_path / name, unlabelled=unlabelled)
+        plans.append(planned(tmp_path / name, shards=3))
+    few, many = plans
+    assert few.jobs == many.jobs
+    assert few.jobs["infer_pseudo_masks"] == 2 * 2 * 3
+    longest = max(len(line) for line in many.text.splitlines() if line.startswith("    input:"))
+    assert longest < 4000
+
+
+def test_there_are_never_more_shards_than_cases(project: Path):
+    plan = planned(project, shards=50)
+    assert plan.jobs["infer_pseudo_masks"] == 2 * 2 * 4
+    assert {each["--shards"] for each in plan.of("preprocess")} == {"2", "4"}
+
+
+def test_without_test_cases_nothing_is_evaluated_and_no_control_is_trained(tmp_path: Path):
+    write_cases(tmp_path, test=0)
+    plan = planned(tmp_path)
+    assert not plan.jobs.keys() & {"infer_test_masks", "merge_test_masks", "evaluate"}
+    assert {each["--arm"] for each in plan.of("train")} == {"cotrain"}
+    assert "--evaluation" not in plan.of("summarise")[0]
+
+
+def test_random_weights_are_not_fetched(project: Path):
+    plan = planned(project, network_2d__weights="random")
+    assert "fetch_weights" not in plan.jobs
+    assert not any("--encoder-weights" in each for each in plan.of("train"))
+
+
+def test_only_the_first_2d_training_gets_encoder_weights(project: Path):
+    trainings = planned(project).of("train")
+    with_weights = [each["--out-dir"] for each in trainings if "--encoder-weights" in each]
+    assert with_weights == ["results/tiny/cotrain/round-00/train_2d"]
+
+
+def test_a_transductive_pool_is_declared(project: Path):
+    plan = planned(project, pool="transductive", shards=9)
+    assert "--transductive" in plan.of("check-data")[0]
+    assert "test images" in plan.of("summarise")[0]["--note"]
+    # 4 unlabelled and 2 test images
+    assert {each["--shards"] for each in plan.of("merge") if "teacher" in each["--out-dir"]} == {
+        "6"
+    }
+    assert "--note" not in planned(project).of("summarise")[0]
+
+
+def test_a_gpu_is_asked_for_unless_the_device_is_the_cpu(project: Path):
+    assert "gpu=1" in planned(project).text
+    assert "gpu=1" not in planned(project, compute__device="cpu").text
+
+
+# ------------------------------------------------------------------------- who teaches whom
+
+
+def test_round_00_of_2d_has_no_teacher(project: Path):
+    assert planned(project).teachers()["cotrain/round-00/train_2d"] == ""
+
+
+def test_with_first_teacher_2d_it_teaches_3d_at_once(project: Path):
+    plan = planned(project, rounds=3, cotraining__first_teacher="2d", cotraining__teacher="other")
+    assert plan.teachers() == {
+        "cotrain/round-00/train_2d": "",
+        "cotrain/round-00/train_3d": "round-00/pseudo_2d",
+        "cotrain/round-01/train_2d": "round-00/pseudo_3d",
+        "cotrain/round-01/train_3d": "round-01/pseudo_2d",
+        "cotrain/round-02/train_2d": "round-01/pseudo_3d",
+        "cotrain/round-02/train_3d": "round-02/pseudo_2d",
+        "labels_only/round-00/train_3d": "",
+        "labels_only/round-01/train_2d": "",
+        "labels_only/round-01/train_3d": "",
+        "labels_only/round-02/train_2d": "",
+        "labels_only/round-02/train_3d": "",
+    }
+    assert plan.sources() == {}
+
+
+def test_the_mean_of_both_latest_mask_sets_teaches(project: Path):
+    plan = planned(project, rounds=3, cotraining__first_teacher="2d", cotraining__teacher="mean")
+    taught = {stage: masks for stage, masks in plan.teachers().items() if masks}
+    assert taught == {
+        "cotrain/round-00/train_3d": "round-00/pseudo_2d",
+        "cotrain/round-01/train_2d": "round-01/teacher_2d",
+        "cotrain/round-01/train_3d": "round-01/teacher_3d",
+        "cotrain/round-02/train_2d": "round-02/teacher_2d",
+        "cotrain/round-02/train_3d": "round-02/teacher_3d",
+    }
+    assert plan.sources() == {
+        "round-01/teacher_2d": ["round-00/pseudo_2d", "round-00/pseudo_3d"],
+        "round-01/teacher_3d": ["round-01/pseudo_2d", "round-00/pseudo_3d"],
+        "round-02/teacher_2d": ["round-01/pseudo_2d", "round-01/pseudo_3d"],
+        "round-02/teacher_3d": ["round-02/pseudo_2d", "round-01/pseudo_3d"],
+    }
+    behind = {each["--out"][-len("round-01/audit/train_2d.tsv") :]: each["--source-masks"].split()
+              for each in plan.of("audit")}  # fmt: skip
+    assert behind["round-01/audit/train_3d.tsv"] == [
+        "results/tiny/cotrain/round-01/pseudo_2d",
+        "results/tiny/cotrain/round-00/pseudo_3d",
+    ]
+
+
+@pytest.mark.parametrize("teacher", ["other", "mean"])
+def test_with_both_labels_only_nobody_is_taught_in_round_00(project: Path, teacher: str):
+    plan = planned(
+        project, cotraining__first_teacher="both_labels_only", cotraining__teacher=teacher
+    )
+    own = {"other": ("round-00/pseudo_3d", "round-01/pseudo_2d"),
+           "mean": ("round-01/teacher_2d", "round-01/teacher_3d")}[teacher]  # fmt: skip
+    assert plan.teachers() == {
+        "cotrain/round-00/train_2d": "",
+        "cotrain/round-00/train_3d": "",
+        "cotrain/round-01/train_2d": own[0],
+        "cotrain/round-01/train_3d": own[1],
+        "labels_only/round-01/train_2d": "",
+        "labels_only/round-01/train_3d": "",
+    }
+
+
+def test_every_round_goes_on_from_the_round_before(project: Path):
+    plan = planned(project, rounds=3)
+    previous = {
+        each["--out-dir"].removeprefix("results/tiny/"): each.get("--previous", "")
+        .removeprefix("results/tiny/")
+        .removesuffix("/checkpoint.pth")
+        for each in plan.of("train")
+    }
+    assert previous == {
+        "cotrain/round-00/train_2d": "",
+        "cotrain/round-00/train_3d": "",
+        "cotrain/round-01/train_2d": "cotrain/round-00/train_2d",
+        "cotrain/round-01/train_3d": "cotrain/round-00/train_3d",
+        "cotrain/round-02/train_2d": "cotrain/round-01/train_2d",
+        "cotrain/round-02/train_3d": "cotrain/round-01/train_3d",
+        "labels_only/round-00/train_3d": "",
+        # nobody taught 2D in round 00, so both arms share that training
+        "labels_only/round-01/train_2d": "cotrain/round-00/train_2d",
+        "labels_only/round-01/train_3d": "labels_only/round-00/train_3d",
+        "labels_only/round-02/train_2d": "labels_only/round-01/train_2d",
+        "labels_only/round-02/train_3d": "labels_only/round-01/train_3d",
+    }
+
+
+# -------------------------------------------------------------------------- what runs again
+
+
+def test_nothing_is_left_to_do_after_a_run(finished_once: Path):
+    assert not planned(finished_once).jobs
+
+
+def test_a_third_round_adds_exactly_its_own_jobs(finished: Path):
+    plan = planned(finished, rounds=3)
+    assert plan.jobs == {
+        "train": 4,
+        "infer_pseudo_masks": 2,
+        "merge_pseudo_masks": 2,
+        "audit": 2,
+        "draw_audit_page": 2,
+        "infer_test_masks": 4,
+        "merge_test_masks": 2,
+        "evaluate": 6,
+        # what shows all rounds, or the last
+        "summarise": 1,
+        "draw_montage": 1,
+        "export": 1,
+        "all": 1,
+    }
+    assert {each["--round"] for each in plan.of("train")} == {"02"}
+
+
+def test_a_changed_audit_setting_retrains_nothing(finished: Path):
+    jobs = planned(finished, audit__max_cases=7).jobs
+    assert jobs == {"draw_audit_page": 3, "draw_montage": 1, "all": 1}
+
+
+def test_a_changed_3d_learning_rate_reruns_3d_and_what_follows(finished: Path):
+    trained = planned(finished, training_3d__learning_rate=0.0007).trained()
+    assert trained == {
+        "cotrain/round-00/train_3d",
+        "labels_only/round-00/train_3d",
+        "labels_only/round-01/train_3d",
+        # taught by the new 3D network's masks
+        "cotrain/round-01/train_2d",
+        "cotrain/round-01/train_3d",
+    }
+
+
+def test_a_comment_in_the_configfile_changes_nothing(finished_once: Path):
+    config = settings_file(finished_once)
+    config.write_text(f"# a comment\n{config.read_text()}")
+    ran = snakemake(finished_once, "-n", "--configfile", str(config))
+    assert "Nothing to be done" in ran.stdout + ran.stderr
+
+
+def test_an_audit_table_with_the_same_content_retrains_nothing(finished: Path):
+    audit = finished / "results/tiny/cotrain/round-00/audit/train_3d.tsv"
+    audit.write_text(audit.read_text())
+    assert planned(finished).jobs == {"draw_montage": 1, "all": 1}
+
+
+def test_a_changed_audit_table_retrains_what_it_taught(finished: Path):
+    audit = finished / "results/tiny/cotrain/round-00/audit/train_3d.tsv"
+    audit.write_text(audit.read_text() + "more\n")
+    assert planned(finished).trained() == {
+        "cotrain/round-00/train_3d",
+        "cotrain/round-01/train_2d",
+        "cotrain/round-01/train_3d",
+    }
+
+
+def test_a_verdict_reruns_what_its_masks_taught_and_no_earlier_round(finished: Path):
+    (finished / "review.tsv").write_text(
+        "case\tround\tmasks\tverdict\tmask\tby\tdate\n"
+        "case_3\t1\tpseudo_2d\texclude\t\tanna\t2026-01-01\n"
+    )
+    plan = planned(finished, review="review.tsv")
+    assert plan.trained() == {"cotrain/round-01/train_3d"}
+    assert [each["--review"] for each in plan.of("audit")] == ["review.tsv"]
+
+
+def test_the_file_of_a_corrected_mask_is_an_input(finished: Path):
+    (finished / "mine.nii.gz").touch()
+    (finished / "review.tsv").write_text(
+        "case\tround\tmasks\tverdict\tmask\tby\tdate\n"
+        "case_3\t01\tteacher_2d\treplace\tmine.nii.gz\tanna\t2026-01-01\n"
+    )
+    plan = planned(finished, review="review.tsv")
+    assert plan.trained() == {"cotrain/round-01/train_2d", "cotrain/round-01/train_3d"}
+    assert "mine.nii.gz" in plan.text
+
+
+def test_a_killed_run_goes_on_with_the_same_command(project: Path):
+    assert planned(project, rounds=1).jobs["train"] == 3
+    config = str(project / "config.yaml")
+    environment = {**os.environ, "PATH": f"{project / 'bin'}{os.pathsep}{os.environ['PATH']}",
+                   "STAND_IN_SECONDS": "2"}  # fmt: skip
+    first = subprocess.Popen(
+        [*SNAKEMAKE, "--configfile", config],
+        cwd=project,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    training_log = project / "logs/tiny/cotrain/round-00/train_2d.log"
+    deadline = time.monotonic() + 60
+    while not training_log.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert not (project / "results/tiny/summary/summary.txt").exists()
+    again = snakemake(project, "--configfile", config)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert (project / "results/tiny/summary/summary.txt").exists()
+
+
+def test_a_report_is_made_with_its_captions(finished_once: Path):
+    config = str(settings_file(finished_once))
+    ran = snakemake(finished_once, "--configfile", config, "--report", "report.html")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    report = (finished_once / "report.html").read_text()
+    assert "one case through the rounds" in report
+    assert "learnt in round 01" in report
+
+
+# ----------------------------------------------------------------- errors before any job
+
+
+def refused(folder: Path, config: Path, *options: str) -> str:
+    """Return what Snakemake prints about settings that it refuses, without running anything."""
+    ran = snakemake(folder, "--configfile", str(config), *options)
+    assert ran.returncode != 0
+    assert not (folder / "results").exists()
+    assert "Traceback" not in ran.stdout + ran.stderr
+    return ran.stdout + ran.stderr
+
+
+def test_a_misspelt_key_is_named_with_the_right_one(project: Path):
+    text = refused(project, settings_file(project, training_2d__learning_rat=0.1))
+    assert "unknown setting `training_2d.learning_rat`; did you mean `learning_rate`?" in text
+
+
+def test_a_missing_file_is_named(project: Path):
+    (project / "data/image_3.nii.gz").unlink()
+    text = refused(project, settings_file(project))
+    assert "1 of 16 files do not exist" in text
+    assert "image_3.nii.gz" in text
+
+
+def test_overlapping_splits_are_named(project: Path):
+    table = project / "cases.tsv"
+    table.write_text(table.read_text().replace("case_7", "case_0"))
+    assert "the case is in labelled and test" in refused(project, settings_file(project))
+
+
+def test_a_review_table_without_a_column_is_refused(project: Path):
+    (project / "review.tsv").write_text("case\tverdict\ncase_3\texclude\n")
+    text = refused(project, settings_file(project, review="review.tsv"))
+    assert "review.tsv has no column `round`" in text
+
+
+def test_without_a_configfile_the_ready_ones_are_named(project: Path):
+    ran = snakemake(project, "-n")
+    assert ran.returncode != 0
+    assert "No settings were given" in ran.stdout + ran.stderr
+
+
+def test_settings_can_be_given_on_the_command_line(project: Path):
+    text = refused(project, settings_file(project), "--config", "data_folder=elsewhere")
+    assert "16 of 16 files do not exist" in text
+    assert planned(project, "--config", "rounds=1").jobs["train"] == 3
+
+
+# ------------------------------------------------------------------------------------ speed
+
+
+def test_parsing_imports_nothing_heavy(project: Path):
+    heavy = project / "heavy"
+    heavy.mkdir()
+    for module in ("torch", "nnunetv2", "timm", "matplotlib", "nibabel", "scipy", "medpy"):
+        (heavy / f"{module}.py").write_text(f"raise ImportError('{module} is heavy')\n")
+    config = str(settings_file(project))
+    ran = snakemake(project, "-n", "--configfile", config, PYTHONPATH=str(heavy))
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def cost_of_dry_run(folder: Path, **changes: object) -> tuple[float, float]:
+    """Return processor seconds (a busy machine must not fail the test) and peak memory in GB."""
+    config = str(settings_file(folder, **changes))
+    dry_run = subprocess.Popen(
+        [*SNAKEMAKE, "-n", "--configfile", config], cwd=folder, stdout=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(dry_run.pid, 0)
+    dry_run.returncode = os.waitstatus_to_exitcode(status)
+    assert dry_run.returncode == 0
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e6
+
+
+def test_a_small_dry_run_takes_less_than_five_seconds(project: Path):
+    seconds, _ = cost_of_dry_run(project, rounds=3)
+    assert seconds < 5
+
+
+def test_fifty_rounds_of_ten_thousand_cases_are_planned_in_time(tmp_path: Path):
+    write_cases(tmp_path, labelled=10, unlabelled=10_000, test=100)
+    seconds, gigabytes = cost_of_dry_run(tmp_path, rounds=50, shards=10)
+    assert seconds < 30
+    assert gigabytes < 2

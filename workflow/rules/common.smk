@@ -1,0 +1,461 @@
+"""What the rules ask: in, the settings and the case table; out, who needs which files.
+
+Everything here is looked up by the wildcard {experiment}, and rounds are text ("00", "01", ...) as
+in the paths. A network is *taught* in a round where it also learns from masks of unlabelled cases.
+"""
+
+import os
+import shlex
+
+from cotrain.cases import SPLITS, read_cases
+from cotrain.errors import InputError
+from cotrain.files import read_table
+from cotrain.settings import as_yaml, check
+from snakemake.exceptions import WorkflowError
+
+
+def checked_settings():
+    """Return {experiment: settings} from the configfile."""
+    if not config:
+        # `snakemake --lint` needs no settings, and is known by leaving the environment unchecked.
+        if not workflow.check_envvars:
+            return {}
+        ready = sorted(
+            path.name for path in Path(workflow.basedir, "config").glob("*.yaml")
+        )
+        raise InputError(
+            "No settings were given; add --configfile with a file of your own or one of "
+            f"{', '.join(ready)} in {Path(workflow.basedir, 'config')}."
+        )
+    source = ", ".join(map(os.path.relpath, workflow.configfiles)) or "--config"
+    settings = check(config, source=source)
+    return {settings.experiment: settings}
+
+
+def checked_cases():
+    """Return {experiment: {split: rows of results/<experiment>/cases/<split>.tsv}}.
+
+    Images in the transductive pool are unlabelled ones and test ones. Only the first reading looks
+    for the files: the jobs of a cluster need not ask the file system again.
+    """
+    cases = {}
+    for experiment, settings in SETTINGS.items():
+        table = read_cases(
+            settings.cases, settings.data_folder, check_files=workflow.is_main_process
+        )
+        rows = {split: table[table["split"] == split] for split in SPLITS}
+        if settings.pool == "transductive":
+            rows["unlabelled"] = table[table["split"] != "labelled"]
+        cases[experiment] = rows
+    return cases
+
+
+def checked_reviews():
+    """Return {experiment: a person's verdicts, as rows}; none where there is no review table."""
+    reviews = {experiment: [] for experiment in SETTINGS}
+    for experiment, settings in SETTINGS.items():
+        if settings.review:
+            table = read_table(settings.review)
+            for name in ("case", "round", "masks", "verdict", "mask"):
+                if name not in table:
+                    raise InputError(
+                        f"{settings.review} has no column `{name}`, which a verdict needs; add it "
+                        "(see results/README.md)."
+                    )
+            reviews[experiment] = table.to_dict("records")
+    return reviews
+
+
+try:
+    SETTINGS = checked_settings()
+    CASES = checked_cases()
+    REVIEWS = checked_reviews()
+except InputError as error:
+    raise WorkflowError(str(error)) from None
+
+# Lets envs/cotrain.post-deploy.sh find the package, wherever Snakemake is called from.
+os.environ.update(COTRAIN_CLONE=str(workflow.basedir))
+
+
+# ------------------------------------------------------------------------------- small words
+
+
+def settings_of(wildcards):
+    """Return the settings of the experiment."""
+    return SETTINGS[wildcards.experiment]
+
+
+def rounds_of(experiment):
+    """Return the rounds that the settings ask for: "00", "01", ..."""
+    return [f"{number:02d}" for number in range(SETTINGS[experiment].rounds)]
+
+
+def round_before(round):
+    """Return the round before; round 00 has none, and asking for it is an error of ours."""
+    if round == "00":
+        raise ValueError("round 00 has no round before it")
+    return f"{int(round) - 1:02d}"
+
+
+def option(name, value):
+    """Return `name value`, quoted for the shell, or nothing where there is no value."""
+    return f"{name} {shlex.quote(str(value))}" if value else ""
+
+
+def options(name, values):
+    """Return `name value value ...`, quoted for the shell, or nothing where there are no values."""
+    return f"{name} {shlex.join(map(str, values))}" if values else ""
+
+
+def labels_of(wildcards):
+    """Return the labels as name=value words."""
+    return [f"{name}={value}" for name, value in settings_of(wildcards).labels.items()]
+
+
+# ------------------------------------------------------------------------- cases and shards
+
+
+def data_folder_of(wildcards):
+    """Return where the case table's relative paths start: by default, beside the table."""
+    settings = settings_of(wildcards)
+    return str(settings.data_folder or settings.cases.parent)
+
+
+def has_test_cases(experiment):
+    """Return whether anything can be evaluated."""
+    return len(CASES[experiment]["test"]) > 0
+
+
+def shards_of(experiment, split):
+    """Return how many jobs share the cases of a split: never more than there are cases."""
+    return max(1, min(SETTINGS[experiment].shards, len(CASES[experiment][split])))
+
+
+def manifests_in(folder, experiment, split):
+    """Return the manifests of all shards in a folder of masks or of preprocessed cases."""
+    return [
+        f"{folder}/manifest-{shard}.tsv"
+        for shard in range(shards_of(experiment, split))
+    ]
+
+
+def preprocessed_cases(split):
+    """Return an input function for the manifests of a split's preprocessed cases."""
+
+    def manifests(wildcards):
+        folder = f"results/{wildcards.experiment}/preprocessed/{split}"
+        return manifests_in(folder, wildcards.experiment, split)
+
+    return manifests
+
+
+# ------------------------------------------------------------------------- who teaches whom
+
+
+def is_taught(experiment, arm, network, round):
+    """Return whether masks of unlabelled cases teach this network in this round."""
+    if arm == "labels_only":
+        return False
+    if round == "00":
+        return network == "3d" and SETTINGS[experiment].cotraining.first_teacher == "2d"
+    return True
+
+
+def folder_of_round(experiment, arm, network, round):
+    """Return the folder of a round in which `network` of this arm was trained.
+
+    A round 00 that nobody taught is the same training in both arms: the control reuses it.
+    """
+    if round == "00" and not is_taught(experiment, "cotrain", network, round):
+        arm = "cotrain"
+    return f"results/{experiment}/{arm}/round-{round}"
+
+
+def mask_sets_behind(experiment, network, round):
+    """Return the one or two folders of pseudo-masks that teach `network` in `round`."""
+    cotrain = f"results/{experiment}/cotrain"
+    if round == "00":
+        return [f"{cotrain}/round-00/pseudo_2d"]
+    before = round_before(round)
+    # 2D is first in a round: it learns from masks of the round before, 3D from its newest ones.
+    of_2d = f"{cotrain}/round-{before if network == '2d' else round}/pseudo_2d"
+    of_3d = f"{cotrain}/round-{before}/pseudo_3d"
+    if SETTINGS[experiment].cotraining.teacher == "mean":
+        return [of_2d, of_3d]
+    return [of_3d] if network == "2d" else [of_2d]
+
+
+def mask_set_teaching(wildcards):
+    """Return the folder of the masks that teach the network: one set's own, or a mean of two."""
+    behind = mask_sets_behind(wildcards.experiment, wildcards.network, wildcards.round)
+    if len(behind) == 1:
+        return behind[0]
+    return (
+        f"results/{wildcards.experiment}/cotrain/round-{wildcards.round}/"
+        f"teacher_{wildcards.network}"
+    )
+
+
+def audited_masks_for(wildcards):
+    """Return the audit table of the masks that the network learns from, if it is taught."""
+    experiment, arm, round = wildcards.experiment, wildcards.arm, wildcards.round
+    if not is_taught(experiment, arm, wildcards.network, round):
+        return []
+    return (
+        f"results/{experiment}/{arm}/round-{round}/audit/train_{wildcards.network}.tsv"
+    )
+
+
+def checkpoint_before(wildcards):
+    """Return the network's checkpoint of the round before; round 00 starts without one."""
+    if wildcards.round == "00":
+        return []
+    folder = folder_of_round(
+        wildcards.experiment,
+        wildcards.arm,
+        wildcards.network,
+        round_before(wildcards.round),
+    )
+    return f"{folder}/train_{wildcards.network}/checkpoint.pth"
+
+
+def encoder_weights_for(wildcards):
+    """Return the pretrained weights that the 2D network starts from; later rounds go on."""
+    starts = wildcards.network == "2d" and wildcards.round == "00"
+    if not starts or settings_of(wildcards).network_2d.weights == "random":
+        return []
+    return f"results/{wildcards.experiment}/weights/encoder.safetensors"
+
+
+def weights_given_as_file(wildcards):
+    """Return the path of the user's own weight file, where the weights are one."""
+    weights = settings_of(wildcards).network_2d.weights
+    return [] if weights in ("pypi", "timm", "random") else weights
+
+
+def test_masks_to_average(wildcards):
+    """Return all manifests of both networks' masks of the test cases."""
+    experiment, arm, round = wildcards.experiment, wildcards.arm, wildcards.round
+    return [
+        manifest
+        for network in ("2d", "3d")
+        for manifest in manifests_in(
+            f"{folder_of_round(experiment, arm, network, round)}/test_{network}",
+            experiment,
+            "test",
+        )
+    ]
+
+
+# ------------------------------------------------------------------------------------- audit
+
+
+def manifests_of_teaching_masks(wildcards):
+    """Return all manifests of the masks to audit."""
+    return manifests_in(
+        mask_set_teaching(wildcards), wildcards.experiment, "unlabelled"
+    )
+
+
+def folders_of(manifests):
+    """Return the folders that manifests lie in, each once, in their order."""
+    return list(dict.fromkeys(os.path.dirname(manifest) for manifest in manifests))
+
+
+def manifests_behind_teaching_masks(wildcards):
+    """Return all manifests of the pseudo-masks that the masks to audit come from."""
+    folders = mask_sets_behind(wildcards.experiment, wildcards.network, wildcards.round)
+    return [
+        manifest
+        for folder in folders
+        for manifest in manifests_in(folder, wildcards.experiment, "unlabelled")
+    ]
+
+
+def verdicts_on(wildcards):
+    """Return a person's verdicts on the masks of this audit, or on those they come from."""
+    behind = mask_sets_behind(wildcards.experiment, wildcards.network, wildcards.round)
+    folders = [*behind, mask_set_teaching(wildcards)]
+    return [
+        row
+        for row in REVIEWS[wildcards.experiment]
+        if f"results/{wildcards.experiment}/cotrain/round-{row['round']:0>2}/{row['masks']}"
+        in folders
+    ]
+
+
+def review_for(wildcards):
+    """Return the option with the review table, where it has verdicts on these masks."""
+    review = settings_of(wildcards).review if verdicts_on(wildcards) else None
+    return option("--review", review)
+
+
+def verdicts_as_text(wildcards):
+    """Return the verdicts on these masks as text, for Snakemake to see when they change."""
+    return "\n".join("\t".join(row.values()) for row in verdicts_on(wildcards))
+
+
+def corrected_masks_for(wildcards):
+    """Return the masks with which a person replaced some of these."""
+    return [
+        row["mask"] for row in verdicts_on(wildcards) if row["verdict"] == "replace"
+    ]
+
+
+# ------------------------------------------------------------------------------- evaluation
+
+
+def manifests_of_test_masks(wildcards):
+    """Return all manifests of the test masks of a network, or of the mean of both."""
+    experiment, arm, network, round = (
+        wildcards.experiment,
+        wildcards.arm,
+        wildcards.network,
+        wildcards.round,
+    )
+    if network == "mean":
+        folder = f"results/{experiment}/{arm}/round-{round}"
+    else:
+        folder = folder_of_round(experiment, arm, network, round)
+    return manifests_in(f"{folder}/test_{network}", experiment, "test")
+
+
+def evaluations_of(experiment):
+    """Return the tables of scores: both arms in every round, the means of 2D and 3D in the last."""
+    if not has_test_cases(experiment):
+        return []
+    rounds = rounds_of(experiment)
+    scored = [(network, round) for round in rounds for network in ("2d", "3d")]
+    scored.append(("mean", rounds[-1]))
+    return [
+        f"results/{experiment}/evaluation/{arm}_{network}_round-{round}.tsv"
+        for arm in ("cotrain", "labels_only")
+        for network, round in scored
+    ]
+
+
+def curves_of(experiment):
+    """Return the training curves of both arms; without test cases no control is trained."""
+    arms = ["cotrain", "labels_only"] if has_test_cases(experiment) else ["cotrain"]
+    curves = [
+        f"{folder_of_round(experiment, arm, network, round)}/train_{network}/curve.csv"
+        for arm in arms
+        for round in rounds_of(experiment)
+        for network in ("2d", "3d")
+    ]
+    return list(dict.fromkeys(curves))
+
+
+def audits_of(experiment, suffix):
+    """Return the audit tables (.tsv) or pages (.html) of all rounds."""
+    return [
+        f"results/{experiment}/cotrain/round-{round}/audit/train_{network}{suffix}"
+        for round in rounds_of(experiment)
+        for network in ("2d", "3d")
+        if is_taught(experiment, "cotrain", network, round)
+    ]
+
+
+def pseudo_masks_of(experiment, rounds):
+    """Return the manifests of both networks' pseudo-masks of these rounds."""
+    return [
+        manifest
+        for round in rounds
+        for network in ("2d", "3d")
+        for manifest in manifests_in(
+            f"results/{experiment}/cotrain/round-{round}/pseudo_{network}",
+            experiment,
+            "unlabelled",
+        )
+    ]
+
+
+# ----------------------------------------------------------------------------------- report
+
+
+def note_of(wildcards):
+    """Return what every summary must say about the experiment."""
+    if settings_of(wildcards).pool == "transductive":
+        return (
+            "Transductive: the test images, without their labels, were among the images that got "
+            "pseudo-masks."
+        )
+    return ""
+
+
+def rounds_in_montage(experiment):
+    """Return the first and the last round, and at most four between them."""
+    rounds = rounds_of(experiment)
+    shown = min(6, len(rounds))
+    last = len(rounds) - 1
+    return [rounds[round(step * last / max(1, shown - 1))] for step in range(shown)]
+
+
+def case_in_montage(wildcards):
+    """Return the first case that got pseudo-masks."""
+    return CASES[wildcards.experiment]["unlabelled"].iloc[0]
+
+
+def image_in_montage(wildcards):
+    """Return the image, or the first of its channels."""
+    return case_in_montage(wildcards)["image"].split(";")[0]
+
+
+def truth_in_montage(wildcards):
+    """Return the label, where the case has one."""
+    return case_in_montage(wildcards)["label"] or []
+
+
+def masks_in_montage(wildcards, input):
+    """Return name=file of the case's mask in each of the mask sets."""
+    case = case_in_montage(wildcards)["case"]
+    named = []
+    for folder in folders_of(input.manifests):
+        network, round = folder[-2:].upper(), int(os.path.dirname(folder)[-2:])
+        named.append(f"{network} round {round}={folder}/{case}.nii.gz")
+    return named
+
+
+def everything_asked_for(wildcards):
+    """Return the last files of every chain; all others are made on the way."""
+    files = []
+    for experiment in SETTINGS:
+        results = f"results/{experiment}"
+        files += [
+            f"{results}/cases/dataset_report.html",
+            f"{results}/summary/summary.txt",
+            f"{results}/summary/montage.png",
+            f"{results}/model/provenance.json",
+            *audits_of(experiment, ".html"),
+            *pseudo_masks_of(experiment, rounds_of(experiment)),
+        ]
+    return files
+
+
+def last_checkpoint(wildcards):
+    """Return the co-trained 3D network of the last round: the product."""
+    last = rounds_of(wildcards.experiment)[-1]
+    return (
+        f"results/{wildcards.experiment}/cotrain/round-{last}/train_3d/checkpoint.pth"
+    )
+
+
+# -------------------------------------------------------------------------- needs of a job
+
+
+def gpus_wanted(wildcards):
+    """Return 1 unless the settings say `device: cpu`.
+
+    A cluster gives the job a GPU. A local run ignores a resource without a limit, so that `auto`
+    simply runs on the CPU where there is no GPU.
+    """
+    return 0 if settings_of(wildcards).compute.device == "cpu" else 1
+
+
+def network_mem_mb(wildcards):
+    """Return the main memory of a training or inference job.
+
+    6 GB hold the CPU configurations. A job on a GPU plans for large patches and has processes
+    that make batches beside it. Asks of a cluster only; a profile's `set-resources` overrides it.
+    """
+    return 16000 if gpus_wanted(wildcards) else 6000

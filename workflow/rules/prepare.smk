@@ -1,0 +1,166 @@
+"""From the user's files to what both networks read: checked tables, plans, arrays, weights."""
+
+
+rule write_settings:
+    """Write the settings of one stage, so that a change reruns that stage and what follows."""
+    output:
+        settings="results/{experiment}/settings/{stage}.yaml",
+    log:
+        "logs/{experiment}/settings/{stage}.log",
+    wildcard_constraints:
+        stage="plan|train_2d|train_3d|infer",
+    conda:
+        "../../envs/cotrain.yaml"
+    params:
+        text=lambda wildcards: as_yaml(settings_of(wildcards).stages()[wildcards.stage]),
+    shell:
+        "printf '%s' {params.text:q} > {output.settings:q} 2> {log:q}"
+
+
+rule check_data:
+    """Open every image and label, list all problems, and report on the data set."""
+    input:
+        cases=lambda wildcards: str(settings_of(wildcards).cases),
+    output:
+        labelled="results/{experiment}/cases/labelled.tsv",
+        unlabelled="results/{experiment}/cases/unlabelled.tsv",
+        test="results/{experiment}/cases/test.tsv",
+        table="results/{experiment}/cases/dataset.tsv",
+        page=report(
+            "results/{experiment}/cases/dataset_report.html",
+            caption="../report/dataset_report.rst",
+            category="1 Data",
+            labels={"experiment": "{experiment}", "file": "data set"},
+        ),
+    log:
+        "logs/{experiment}/cases/check_data.log",
+    benchmark:
+        "benchmarks/{experiment}/cases/check_data.tsv"
+    conda:
+        "../../envs/cotrain.yaml"
+    threads: 4
+    resources:
+        mem_mb=4000,
+        runtime=120,
+    params:
+        data_folder=data_folder_of,
+        labels=labels_of,
+        transductive=lambda wildcards: (
+            "--transductive" if settings_of(wildcards).pool == "transductive" else ""
+        ),
+        out_dir=subpath(output.table, parent=True),
+    shell:
+        r"""
+        cotrain check-data \
+            --cases {input.cases:q} \
+            --data-folder {params.data_folder:q} \
+            --labels {params.labels:q} \
+            --out-dir {params.out_dir:q} \
+            --jobs {threads} \
+            {params.transductive} \
+            >{log:q} 2>&1
+        """
+
+
+rule plan:
+    """Let nnU-Net plan on the labelled cases; the plans hold for the whole experiment."""
+    input:
+        settings="results/{experiment}/settings/plan.yaml",
+        cases="results/{experiment}/cases/labelled.tsv",
+    output:
+        plans="results/{experiment}/preprocessed/plans.json",
+        dataset="results/{experiment}/preprocessed/dataset.json",
+        fingerprint="results/{experiment}/preprocessed/dataset_fingerprint.json",
+    log:
+        "logs/{experiment}/preprocessed/plan.log",
+    benchmark:
+        "benchmarks/{experiment}/preprocessed/plan.tsv"
+    conda:
+        "../../envs/cotrain.yaml"
+    threads: 4
+    resources:
+        mem_mb=8000,
+        runtime=120,
+    params:
+        out_dir=subpath(output.plans, parent=True),
+    shell:
+        r"""
+        cotrain plan \
+            --settings {input.settings:q} \
+            --cases {input.cases:q} \
+            --out-dir {params.out_dir:q} \
+            --jobs {threads} \
+            >{log:q} 2>&1
+        """
+
+
+rule preprocess:
+    """Bring a shard of cases onto the planned grid, labelled and unlabelled by the same plans."""
+    input:
+        plans="results/{experiment}/preprocessed/plans.json",
+        cases="results/{experiment}/cases/{split}.tsv",
+    output:
+        manifest="results/{experiment}/preprocessed/{split}/manifest-{shard}.tsv",
+    log:
+        "logs/{experiment}/preprocessed/{split}-{shard}.log",
+    benchmark:
+        "benchmarks/{experiment}/preprocessed/{split}-{shard}.tsv"
+    conda:
+        "../../envs/cotrain.yaml"
+    threads: 4
+    resources:
+        mem_mb=8000,
+        runtime=240,
+    params:
+        preprocessed=subpath(input.plans, parent=True),
+        shards=lambda wildcards: shards_of(wildcards.experiment, wildcards.split),
+        out_dir=subpath(output.manifest, parent=True),
+        with_label=lambda wildcards: (
+            "--with-label" if wildcards.split == "labelled" else ""
+        ),
+    shell:
+        r"""
+        cotrain preprocess \
+            --preprocessed {params.preprocessed:q} \
+            --cases {input.cases:q} \
+            --shard {wildcards.shard} \
+            --shards {params.shards} \
+            --out-dir {params.out_dir:q} \
+            --jobs {threads} \
+            {params.with_label} \
+            >{log:q} 2>&1
+        """
+
+
+rule fetch_weights:
+    """Get the 2D encoder's pretrained weights as one file, on the machine with internet."""
+    input:
+        source=weights_given_as_file,
+    output:
+        weights="results/{experiment}/weights/encoder.safetensors",
+        record="results/{experiment}/weights/encoder.json",
+    log:
+        "logs/{experiment}/weights/fetch_weights.log",
+    benchmark:
+        "benchmarks/{experiment}/weights/fetch_weights.tsv"
+    conda:
+        "../../envs/cotrain.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    params:
+        encoder=lambda wildcards: settings_of(wildcards).network_2d.encoder,
+        source=lambda wildcards: settings_of(wildcards).network_2d.weights,
+        sha256=lambda wildcards: option(
+            "--sha256", settings_of(wildcards).network_2d.weights_sha256
+        ),
+    shell:
+        r"""
+        cotrain fetch-weights \
+            --encoder {params.encoder:q} \
+            --source {params.source:q} \
+            --out {output.weights:q} \
+            {params.sha256} \
+            >{log:q} 2>&1
+        """
