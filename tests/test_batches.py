@@ -67,7 +67,7 @@ def test_a_batch_does_not_depend_on_workers_or_on_what_was_drawn_before(
     assert same(alone[2], in_order[2])
 
 
-def test_every_iteration_epoch_and_seed_draws_another_batch(planned, labelled, unlabelled):
+def test_every_iteration_epoch_seed_and_slot_draws_another_sample(planned, labelled, unlabelled):
     first = source_of(planned, "3d", labelled, unlabelled, [1, 1])
     others = [
         first[1],
@@ -75,6 +75,7 @@ def test_every_iteration_epoch_and_seed_draws_another_batch(planned, labelled, u
         source_of(planned, "3d", labelled, unlabelled, [1, 1], seed=1)[0],
     ]
     assert not any(same(first[0], other) for other in others)
+    assert not torch.equal(*first[0]["data"])
 
 
 @pytest.mark.parametrize("network", NETWORKS)

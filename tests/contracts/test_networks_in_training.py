@@ -12,10 +12,13 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from medpy.metric.binary import dc
 
+from cotrain.__main__ import main
+from cotrain.files import sha256_of
 from cotrain.plan import configuration_2d
 from cotrain.settings import Network2D
 
@@ -86,6 +89,18 @@ def test_weights_change_in_each_round_and_the_checkpoint_holds_no_pickled_code(t
     assert moved
 
 
+def test_provenance_holds_what_the_weights_depend_on(two_rounds, audit_table):
+    first, second = two_rounds
+    content = provenance(second.folder)
+    assert content["inputs"][str(first.checkpoint)] == sha256_of(first.checkpoint)
+    assert content["inputs"][str(audit_table)] == sha256_of(audit_table)
+    assert content["settings"]["training"]["iterations_per_epoch"] > 0
+    assert content["seed"] == 0
+    assert content["packages"]["nnunetv2"] != "not installed"
+    assert content["commit"]
+    assert content["pseudo_labelled"] == ["coarse_u", "flipped_u", "oblique_u", "straight_u"]
+
+
 def test_training_killed_after_an_epoch_ends_in_the_bits_of_an_undisturbed_one(
     two_rounds, kill_once, cotrain, tmp_path, capsys
 ):
@@ -154,3 +169,39 @@ def test_stock_nnunet_predicts_the_same_masks_without_this_package(
             # Far from perfect after 64 batches, but a mask that says something.
             assert dc(masks[0] == value, truth == value) > 0.6
             assert dc(masks[0] == value, masks[1] == value) >= 0.999
+
+
+# ------------------------------------------------------------------------- what all share
+
+
+def test_the_control_trains_at_the_same_rates_on_labels_alone(tiny, train, trained_3d, audit_table):
+    folder = tiny.folder / "taught_3d"
+    taught = train(
+        *(tiny, "3d", folder, "--arm", "cotrain", "--round", 0, "--audit", audit_table),
+    )
+    curve, control = (pd.read_csv(each.folder / "curve.csv") for each in (taught, trained_3d))
+    assert curve["learning_rate"].equals(control["learning_rate"])
+    assert curve["epoch"].tolist() == control["epoch"].tolist() == [0, 1, 2, 3]
+    assert curve["share_realised"].tolist() == curve["share_wanted"].tolist() == [0.5] * 4
+    assert control["share_realised"].tolist() == control["share_wanted"].tolist() == [0] * 4
+
+
+def test_a_round_that_no_mask_may_teach_stops_with_a_sentence(
+    tiny, trained_3d, audit_table, tmp_path, capsys
+):
+    nothing = tmp_path / "nothing.tsv"
+    nothing.write_text(audit_table.read_text().replace("true", "false"))
+    words = [*trained_3d.words, "--arm", "cotrain", "--audit", nothing, "--out-dir", tmp_path]
+    assert main([str(word) for word in words]) == 2
+    assert "the audit accepted no mask" in capsys.readouterr().err
+    assert "the audit accepted no mask" in (tmp_path / "work" / "step.error.txt").read_text()
+    assert not (tmp_path / "work" / "step.lock").exists()
+
+
+def test_the_checkpoint_of_another_round_or_network_is_refused(tiny, trained_3d, tmp_path, capsys):
+    words = [*trained_3d.words, "--out-dir", tmp_path, "--previous", trained_3d.checkpoint]
+    assert main([*map(str, words), "--round", "2"]) == 2
+    assert "starts at epoch 8, but --previous" in capsys.readouterr().err
+    words += ["--network", "2d", "--settings", tiny.stage("train_2d", tmp_path)]
+    assert main([*map(str, words), "--round", "1"]) == 2
+    assert "holds the 3d network, wanted the 2d network" in capsys.readouterr().err

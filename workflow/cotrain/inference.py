@@ -111,7 +111,7 @@ def predict_logits(
         batch = patch.float().to(device).movedim(1, 0) if flat else patch.float().to(device)[None]
         with autocast(device, precision):
             logits = _mirrored_mean(network, batch) if inference.mirroring else network(batch)
-        logits = (logits.float() * gaussian).half()
+        logits = logits.float() * gaussian
         logits = logits.movedim(0, 1) if flat else logits[0]
         inside = [
             slice(max(0, low), min(size, high))

@@ -389,9 +389,11 @@ def _train_round(
         parameters=parameters,
         weights_hash=weights_hash(trainer.deployed),
     )
-    # The declared output comes last: when it is there, the round is whole.
-    trainer.save(arguments.out_dir / "checkpoint.pth")
-    latest.unlink()
+    # The declared output comes last: when it is there, the round is whole. The same bytes stay in
+    # the working folder: should Snakemake die now and delete the output, the rerun takes seconds.
+    trainer.save(latest)
+    with write_atomically(arguments.out_dir / "checkpoint.pth") as temporary:
+        os.link(latest, temporary)
 
 
 def weights_hash(network: nn.Module) -> str:

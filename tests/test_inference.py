@@ -1,0 +1,268 @@
+"""Inference: stock nnU-Net's windows and logits, masks in the right place, resuming by cases."""
+
+import shutil
+from pathlib import Path
+
+import blosc2
+import nibabel
+import numpy as np
+import pytest
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
+from medpy.metric.binary import dc
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+from cotrain.__main__ import main
+from cotrain.inference import predict_logits, soft_mask_of, windows
+from cotrain.masks import confidence_of, labels_on_image_grid, quantised, with_background
+from cotrain.merge import mean_of
+from cotrain.nnunet import Planned
+from cotrain.settings import Inference
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def planned(tiny):
+    return Planned.read(tiny.preprocessed)
+
+
+# --------------------------------------------------------------------------------- windows
+
+
+@pytest.mark.parametrize("shape", [(5, 9, 7), (20, 30, 24), (41, 16, 33)])
+@pytest.mark.parametrize("patch", [(8, 16, 16), (16, 16)])
+@pytest.mark.parametrize("step", [0.3, 0.5, 1])
+def test_windows_cover_every_voxel(shape, patch, step):
+    padded = np.zeros([size + 40 for size in shape], dtype=int)
+    for box in windows(shape, patch, step=step, slices_at_once=4):
+        assert [high - low for low, high in box][-len(patch) :] == list(patch)
+        padded[tuple(slice(low + 20, high + 20) for low, high in box)] += 1
+    inside = padded[tuple(slice(20, 20 + size) for size in shape)]
+    assert inside.min() >= 1
+    # No window lies beyond a volume that is larger than the patch.
+    for axis, size in enumerate(shape[-len(patch) :], start=3 - len(patch)):
+        if size >= patch[axis - (3 - len(patch))]:
+            beyond = np.delete(padded, range(20, 20 + shape[axis]), axis=axis)
+            assert beyond.max() == 0
+
+
+def test_windows_by_hand():
+    # 20 voxels, patch 8, step 4: three steps of 4 would do. 5 voxels: centred, 1 before, 2 after.
+    boxes = list(windows((20, 5, 8), (8, 8, 8), step=0.5, slices_at_once=1))
+    assert [box[0] for box in boxes] == [(0, 8), (4, 12), (8, 16), (12, 20)]
+    assert {box[1:] for box in boxes} == {((-1, 7), (0, 8))}
+
+
+def test_slices_come_whole_and_several_at_once():
+    boxes = list(windows((10, 8, 8), (8, 8), step=0.5, slices_at_once=4))
+    assert [box[0] for box in boxes] == [(0, 4), (4, 8), (8, 10)]
+
+
+# ---------------------------------------------------------------------------------- logits
+
+
+@pytest.mark.parametrize("mirroring", [False, True])
+@pytest.mark.parametrize("shape", [(9, 13, 21), (14, 41, 50), (20, 10, 37)])
+@pytest.mark.parametrize("name", ["2d", "3d"])
+def test_logits_are_those_of_stock_nnunet(name, shape, mirroring, planned):
+    torch.manual_seed(0)
+    network = planned.build_network(name, deep_supervision=False).eval()
+    # Fresh weights give nearly the same everywhere; running statistics of a real image do not.
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    configuration = planned.configuration(name)
+    image = np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32)
+    image[0, :, : shape[1] // 2] += 3  # so that another field of view has other statistics
+    ours = predict_logits(
+        network,
+        blosc2.asarray(image),
+        patch_size=tuple(configuration.patch_size),
+        class_count=planned.class_count,
+        slices_at_once=3,
+        inference=Inference(mirroring=mirroring),
+        device=CPU,
+        precision="fp32",
+    )
+    predictor = nnUNetPredictor(
+        tile_step_size=0.5,
+        use_mirroring=mirroring,
+        perform_everything_on_device=False,
+        device=CPU,
+        allow_tqdm=False,
+    )
+    axes = tuple(range(len(configuration.patch_size)))
+    predictor.manual_initialization(
+        network, planned.manager, configuration, None, planned.dataset, "nnUNetTrainer", axes
+    )
+    stock = predictor.predict_sliding_window_return_logits(torch.from_numpy(image))
+    assert ours.dtype == stock.dtype == torch.float16
+    assert ours.shape == stock.shape == (3, *shape)
+    spread = stock.float().std().item()
+    assert spread > 0.01
+    # Sums of windows in half precision: two units in the last of its 10 bits.
+    torch.testing.assert_close(ours, stock, rtol=2e-3, atol=2e-3 * spread)
+
+
+def test_a_networks_infinite_output_stops_with_a_sentence(planned):
+    class Broken(torch.nn.Module):
+        def forward(self, images):
+            return images.new_full((len(images), 3, *images.shape[2:]), float("nan"))
+
+    with pytest.raises(ValueError, match="lower learning rate"):
+        predict_logits(
+            Broken(),
+            np.zeros((1, 4, 4, 4), dtype=np.float32),
+            patch_size=(4, 4, 4),
+            class_count=3,
+            slices_at_once=1,
+            inference=Inference(),
+            device=CPU,
+            precision="fp32",
+        )
+
+
+# ------------------------------------------------------------------------- masks on the grids
+
+
+@pytest.mark.parametrize("split", ["labelled", "unlabelled", "test"])
+def test_labels_come_back_to_the_images_own_grid(split, tiny, planned):
+    for row in tiny.rows(split):
+        arrays = str(tiny.truth / split / row["case"])
+        label = torch.from_numpy(blosc2.open(arrays + "_seg.b2nd")[0].astype(np.int64)).clamp(0)
+        logits = torch.nn.functional.one_hot(label, 3).movedim(-1, 0).half()
+        back = labels_on_image_grid(logits, load_pickle(arrays + ".pkl"), planned)
+        original = np.asarray(nibabel.load(row["label"]).dataobj)
+        assert back.transpose(2, 1, 0).shape == original.shape
+        for value in tiny.settings.labels.values():
+            assert dc(back.transpose(2, 1, 0) == value, original == value) > 0.97, row["case"]
+
+
+def test_quantisation_errs_by_half_a_step_at_most():
+    torch.manual_seed(0)
+    probabilities = torch.softmax(3 * torch.randn(4, 6, 7, 8), 0)
+    soft = quantised(probabilities.clone())
+    assert soft.dtype == np.uint8
+    back = with_background(soft)
+    assert np.abs(back[1:] - probabilities[1:].numpy()).max() <= 1 / 510 + 1e-6
+    assert back.min() >= 0
+    np.testing.assert_allclose(back.sum(0), 1, atol=3 / 510)
+
+
+def test_the_soft_mask_is_the_softmax_of_the_logits():
+    torch.manual_seed(0)
+    logits = torch.randn(3, 5, 6, 7).half()
+    assert np.array_equal(soft_mask_of(logits), quantised(torch.softmax(logits.float(), 0)))
+
+
+def test_confidence_by_hand():
+    # Background, shell surely, core barely, nothing wins over 100 of background.
+    soft = np.array([[0, 255, 60, 80], [10, 0, 130, 75]], dtype=np.uint8).reshape(2, 1, 1, 4)
+    assert confidence_of(soft) == pytest.approx((255 + 130) / 2 / 255)
+    assert confidence_of(np.zeros_like(soft)) == 0
+
+
+def test_manifest_says_volume_and_confidence_of_the_files(tiny, pseudo_masks):
+    header, *lines = (pseudo_masks / "manifest-0.tsv").read_text().splitlines()
+    rows = [dict(zip(header.split("\t"), line.split("\t"), strict=True)) for line in lines]
+    assert [row["case"] for row in rows] == [row["case"] for row in tiny.rows("unlabelled")]
+    for row in rows:
+        mask = nibabel.load(pseudo_masks / row["mask"])
+        voxel_ml = np.prod(mask.header.get_zooms()) / 1000
+        volume_ml = np.count_nonzero(np.asarray(mask.dataobj)) * voxel_ml
+        assert float(row["volume_ml"]) == pytest.approx(volume_ml, abs=1e-3)
+        soft = blosc2.open(str(pseudo_masks / row["soft"]))[:]
+        assert float(row["confidence"]) == pytest.approx(confidence_of(soft), abs=1e-4)
+
+
+# -------------------------------------------------------------------------------- the mean
+
+
+def test_the_mean_of_two_soft_masks_by_hand():
+    a = np.array([51, 0, 102, 255], dtype=np.uint8).reshape(2, 1, 1, 2)
+    b = np.zeros_like(a)
+    # Foreground of a: 0.2 and 0.4, and 0 and 1; of b: nothing.
+    mean = mean_of([a, b])[:, 0, 0]
+    torch.testing.assert_close(mean, torch.tensor([[0.7, 0.5], [0.1, 0.0], [0.2, 0.5]]))
+
+
+def test_a_mask_set_merged_with_itself_stays_the_same(tiny, pseudo_masks, cotrain, tmp_path):
+    cotrain(
+        *("merge", "--masks", pseudo_masks, pseudo_masks, "--preprocessed", tiny.preprocessed),
+        *("--split", "unlabelled", "--cases", tiny.tables["unlabelled"], "--out-dir", tmp_path),
+    )
+    assert (tmp_path / "manifest-0.tsv").exists()
+    for row in tiny.rows("unlabelled"):
+        soft, mask = (
+            [folder / f"{row['case']}{suffix}" for folder in (pseudo_masks, tmp_path)]
+            for suffix in (".b2nd", ".nii.gz")
+        )
+        assert np.array_equal(*(blosc2.open(str(path))[:] for path in soft))
+        # From probabilities instead of logits: the border may move by a part of a voxel.
+        labels = [np.asarray(nibabel.load(path).dataobj) for path in mask]
+        assert dc(labels[0] > 0, labels[1] > 0) > 0.97
+
+
+# -------------------------------------------------------------------------------- resuming
+
+
+@pytest.fixture
+def killed(tiny, trained_3d, infer_words, kill_once, tmp_path):
+    """Return the command and the folder of a mask set that was killed after a case."""
+    folder = tmp_path / "killed"
+    # Mirroring makes a case last, so that the kill comes before the end of the last.
+    words = infer_words(tiny, "3d", trained_3d.checkpoint, folder, "unlabelled", mirroring=True)
+    kill_once(words, folder / "work" / "shard-0.finished.jsonl")
+    assert not (folder / "manifest-0.tsv").exists()
+    return words, folder
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    files = [*folder.glob("*.nii.gz"), *folder.glob("*.b2nd")]
+    return {path.name: path.read_bytes() for path in files if not path.name.startswith(".")}
+
+
+def moved(words: list[str], folder: Path, to: Path) -> list[str]:
+    """Return the command with only its output folder changed: settings stay the same file."""
+    place = words.index("--out-dir") + 1
+    assert words[place] == str(folder)
+    return [*words[:place], str(to), *words[place + 1 :]]
+
+
+def test_a_killed_mask_set_goes_on_with_the_next_case_to_the_same_bytes(
+    tiny, killed, cotrain, tmp_path, capsys
+):
+    words, folder = killed
+    first = folder / f"{tiny.rows('unlabelled')[0]['case']}.nii.gz"
+    made = first.stat().st_mtime_ns
+    cotrain(*words)
+    assert "Resuming after" in capsys.readouterr().out
+    assert first.stat().st_mtime_ns == made
+    cotrain(*moved(words, folder, tmp_path / "undisturbed"))
+    assert len(content_of(folder)) == 8
+    assert content_of(folder) == content_of(tmp_path / "undisturbed")
+
+
+def test_a_changed_checkpoint_discards_finished_cases(
+    tiny, killed, trained_3d, train, cotrain, tmp_path, capsys
+):
+    words, folder = killed
+    other = train(
+        *(tiny, "3d", tmp_path / "other", "--arm", "labels_only", "--round", 1),
+        *("--previous", trained_3d.checkpoint),
+    )
+    # Under the same path, as when a round is trained again.
+    checkpoint = tmp_path / "checkpoint.pth"
+    words = [str(checkpoint) if w == str(trained_3d.checkpoint) else w for w in words]
+    shutil.copy(other.checkpoint, checkpoint)
+    capsys.readouterr()
+    cotrain(*words)
+    assert "Resuming after" not in capsys.readouterr().out
+    cotrain(*moved(words, folder, tmp_path / "undisturbed"))
+    assert content_of(folder) == content_of(tmp_path / "undisturbed")
+
+
+def test_a_checkpoint_of_the_other_network_is_refused(tiny, trained_3d, infer_words, tmp_path):
+    assert main(infer_words(tiny, "2d", trained_3d.checkpoint, tmp_path)) == 2

@@ -1,0 +1,182 @@
+"""Plans: nnU-Net's 3D network narrowed, the 2D network beside it, and arrays that fit the plans."""
+
+import json
+import shutil
+
+import pytest
+
+from cotrain.errors import InputError
+from cotrain.nnunet import Planned
+from cotrain.plan import configuration_2d, dataset_description, narrowed_3d
+from cotrain.settings import Network2D, Network3D, PlanStage
+
+PLANNED = {
+    "patch_size": [20, 64, 48],
+    "batch_size": 2,
+    "median_image_size_in_voxels": [18.0, 70.0, 41.0],
+    "architecture": {
+        "arch_kwargs": {
+            "n_stages": 4,
+            "features_per_stage": [32, 64, 128, 256],
+            "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3], [3, 3, 3]],
+            "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]],
+            "n_conv_per_stage": [2, 2, 2, 2],
+            "n_conv_per_stage_decoder": [2, 2, 2],
+        }
+    },
+}
+
+
+def test_without_settings_nnunets_plan_stays_as_it_is():
+    assert narrowed_3d(PLANNED, Network3D()) == PLANNED
+
+
+def test_fewer_features_cut_the_deepest_stages_off():
+    narrow = narrowed_3d(PLANNED, Network3D(features_per_stage=(8, 16, 32)))
+    assert narrow["architecture"]["arch_kwargs"] == {
+        "n_stages": 3,
+        "features_per_stage": [8, 16, 32],
+        "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]],
+        "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
+        "n_conv_per_stage": [2, 2, 2],
+        "n_conv_per_stage_decoder": [2, 2],
+    }
+    assert PLANNED["architecture"]["arch_kwargs"]["n_stages"] == 4
+
+
+def test_a_residual_encoder_loses_its_deepest_blocks():
+    residual = json.loads(json.dumps(PLANNED))
+    keywords = residual["architecture"]["arch_kwargs"]
+    del keywords["n_conv_per_stage"]
+    keywords |= {"n_blocks_per_stage": [1, 3, 4, 6], "n_conv_per_stage_decoder": [1, 1, 1]}
+    narrow = narrowed_3d(residual, Network3D(features_per_stage=(8, 16)))
+    keywords = narrow["architecture"]["arch_kwargs"]
+    assert keywords["n_blocks_per_stage"] == [1, 3]
+    assert keywords["n_conv_per_stage_decoder"] == [1]
+    assert "n_conv_per_stage" not in keywords
+
+
+def test_patch_and_batch_are_those_of_the_settings():
+    narrow = narrowed_3d(PLANNED, Network3D(patch_size=(16, 32, 40), batch_size=5))
+    assert (narrow["patch_size"], narrow["batch_size"]) == ([16, 32, 40], 5)
+
+
+def test_more_stages_than_planned_are_refused():
+    with pytest.raises(InputError, match="has 5 stages, nnU-Net planned 4"):
+        narrowed_3d(PLANNED, Network3D(features_per_stage=(8, 16, 32, 64, 64)))
+
+
+def test_a_patch_that_cannot_be_halved_is_refused_with_what_divides_it():
+    # Strides multiply to 4, 8, 8 over four stages, and to 1, 2, 2 over two.
+    with pytest.raises(InputError, match=r"\[18, 64, 48\] cannot be divided by \[4, 8, 8\]"):
+        narrowed_3d(PLANNED, Network3D(patch_size=(18, 64, 48)))
+    two = Network3D(patch_size=(17, 62, 46), features_per_stage=(8, 16))
+    assert narrowed_3d(PLANNED, two)["patch_size"] == [17, 62, 46]
+    with pytest.raises(InputError, match=r"cannot be divided by \[1, 2, 2\]"):
+        narrowed_3d(PLANNED, Network3D(patch_size=(17, 62, 45), features_per_stage=(8, 16)))
+
+
+@pytest.mark.parametrize(
+    ("median", "patch"),
+    [([18.0, 70.0, 41.0], [96, 64]), ([9, 64, 32], [64, 32]), ([200, 513, 900], [512, 512])],
+)
+def test_a_slice_is_the_median_case_in_plane_in_steps_of_32(median, patch):
+    plans = {"configurations": {"3d_fullres": {"median_image_size_in_voxels": median}}}
+    assert configuration_2d(plans, Network2D())["patch_size"] == patch
+    asked = configuration_2d(plans, Network2D(patch_size=(48, 80)))
+    assert asked["patch_size"] == [48, 80]
+
+
+def test_both_networks_share_the_grid(tiny):
+    planned = Planned.read(tiny.preprocessed)
+    flat, full = planned.configuration("2d"), planned.configuration("3d")
+    assert flat.spacing == full.spacing == [2.0, 1.0, 1.0]
+    assert flat.data_identifier == full.data_identifier
+    assert (list(flat.patch_size), list(full.patch_size)) == ([32, 32], [12, 16, 32])
+    assert (planned.class_count, planned.channel_count) == (3, 1)
+    assert planned.has_deep_supervision("3d")
+    assert not planned.has_deep_supervision("2d")
+
+
+def test_the_axis_of_the_largest_spacing_comes_first(tiny):
+    # Files are (X, Y, Z) with 2 mm along X; nnU-Net reads (Z, Y, X) and turns that to (X, Z, Y).
+    assert Planned.read(tiny.preprocessed).manager.transpose_forward == [2, 0, 1]
+
+
+def test_channels_and_labels_are_described_in_nnunets_words():
+    stage = PlanStage(
+        channels=("CT", "PET"),
+        labels={"organ": 1, "tumour": 2},
+        network_2d=Network2D(),
+        network_3d=Network3D(),
+        seed=0,
+    )
+    description = dataset_description(
+        stage, [{"case": "a", "image": "/x/ct.nii.gz;/x/pet.nii.gz", "label": "/x/l.nii.gz"}]
+    )
+    assert description["channel_names"] == {"0": "CT", "1": "PET"}
+    assert description["labels"] == {"background": 0, "organ": 1, "tumour": 2}
+    assert description["dataset"]["a"]["images"] == ["/x/ct.nii.gz", "/x/pet.nii.gz"]
+
+
+def test_the_exported_model_names_no_place_of_this_machine_and_no_class_of_ours(
+    tiny, trained_3d, cotrain, infer_words, tmp_path
+):
+    words = infer_words(tiny, "3d", trained_3d.checkpoint, tmp_path / "settings")
+    cotrain(
+        *("export", "--checkpoint", trained_3d.checkpoint, "--out-dir", tmp_path / "model"),
+        *("--preprocessed", tiny.preprocessed),
+        *("--settings", words[words.index("--settings") + 1]),
+    )
+    (folder,) = (tmp_path / "model").glob("Dataset001_cotrain/*")
+    assert folder.name == "nnUNetTrainer__nnUNetPlans__3d_fullres"
+    for name in ("dataset.json", "plans.json", "dataset_fingerprint.json"):
+        text = (folder / name).read_text()
+        assert "/" not in text
+        assert "cotrain." not in text
+    assert (folder / "fold_all" / "checkpoint_final.pth").is_file()
+
+
+# --------------------------------------------------------------------------- preprocessing
+
+
+@pytest.fixture
+def preprocess(tiny, cotrain, tmp_path):
+    """Return a function that preprocesses a copy of the labelled cases and returns who was done."""
+    shutil.copytree(tiny.preprocessed / "labelled", tmp_path / "labelled")
+    for name in ("plans.json", "dataset.json"):
+        shutil.copy(tiny.preprocessed / name, tmp_path)
+
+    def run() -> set[str]:
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "labelled").glob("*.pkl")}
+        cotrain(
+            *("preprocess", "--preprocessed", tmp_path, "--cases", tiny.tables["labelled"]),
+            *("--out-dir", tmp_path / "labelled", "--with-label"),
+        )
+        after = {path: path.stat().st_mtime_ns for path in (tmp_path / "labelled").glob("*.pkl")}
+        return {path.stem for path in after if after[path] != before.get(path)}
+
+    return run
+
+
+def change_plans(folder, change):
+    plans = json.loads((folder / "plans.json").read_text())
+    change(plans["configurations"]["3d_fullres"])
+    (folder / "plans.json").write_text(json.dumps(plans))
+
+
+def test_a_preprocessed_case_is_not_done_again(preprocess, tmp_path):
+    change_plans(tmp_path, lambda full: full.update(batch_size=7))
+    change_plans(tmp_path, lambda full: full["architecture"]["arch_kwargs"].update(n_stages=1))
+    assert preprocess() == set()
+
+
+def test_changed_plans_preprocess_every_case_again(preprocess, tmp_path):
+    change_plans(tmp_path, lambda full: full.update(spacing=[2.5, 1.0, 1.0]))
+    assert preprocess() == {"straight", "flipped", "oblique"}
+    assert preprocess() == set()
+
+
+def test_a_case_that_a_kill_left_without_its_last_file_is_done_again(preprocess, tmp_path):
+    (tmp_path / "labelled" / "flipped.pkl").unlink()
+    assert preprocess() == {"flipped"}

@@ -1,0 +1,154 @@
+"""Settings: closed, checked in sentences, and cut into stages that hold nothing of each other."""
+
+import pytest
+import yaml
+
+from cotrain.errors import InputError
+from cotrain.settings import (
+    PAPER,
+    InferStage,
+    PlanStage,
+    Settings,
+    TrainStage,
+    as_yaml,
+    check,
+    load,
+)
+
+MINIMUM = {"experiment": "e", "cases": "cases.tsv", "labels": {"organ": 1}}
+STAGES = {
+    "plan": PlanStage,
+    "train_2d": TrainStage,
+    "train_3d": TrainStage,
+    "infer": InferStage,
+}
+
+
+def changed_stages(**changes):
+    """Return the stages whose settings file has other text after the change."""
+    before, after = check(MINIMUM).stages(), check(MINIMUM | changes).stages()
+    return {name for name in before if as_yaml(before[name]) != as_yaml(after[name])}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({"expirement": "e"}, "unknown setting `expirement`; did you mean `experiment`?"),
+        (
+            {"cotraining": {"sampling": {"share_strat": 0.1}}},
+            "unknown setting `cotraining.sampling.share_strat`; did you mean `share_start`?",
+        ),
+        ({"audit": {"x": 1}}, "unknown setting `audit.x`; known keys: max_cases"),
+        ({"training_2d": {"learning_rate": 0}}, "`training_2d.learning_rate` is 0: "),
+        ({"experiment": "a/b"}, "`experiment` is 'a/b': "),
+        ({"labels": {"a": 1, "b": 3}}, "labels have the values [1, 3], wanted 1, 2, 3"),
+        ({"labels": {"a": 0, "b": 1}}, "labels have the values [0, 1], wanted 1, 2, 3"),
+        ({"labels": {"a": 1, "b": 1}}, "labels have the values [1, 1], wanted 1, 2, 3"),
+        ({"recipe": "paper", "cotraining": 3}, "`cotraining` is 3: "),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_remedy(content, sentence):
+    with pytest.raises(InputError) as caught:
+        check(MINIMUM | content)
+    assert sentence in str(caught.value)
+
+
+def test_a_missing_setting_is_named():
+    with pytest.raises(InputError, match=r"config: the setting `cases` is missing; add it\."):
+        check({"experiment": "e", "labels": {"organ": 1}})
+
+
+def test_every_problem_is_told_at_once():
+    with pytest.raises(InputError) as caught:
+        check({"experiment": "e", "labels": {"organ": 1}, "seed": -1})
+    assert "`cases`" in str(caught.value)
+    assert "`seed` is -1" in str(caught.value)
+
+
+def test_the_papers_recipe_fills_in_what_was_not_given():
+    settings = check(MINIMUM | {"recipe": "paper", "cotraining": {"schedule_rounds": 5}})
+    cotraining = settings.cotraining.model_dump()
+    assert cotraining["schedule_rounds"] == 5
+    for name, value in PAPER.items():
+        if name != "sampling":
+            assert cotraining[name] == value
+    assert cotraining["sampling"]["mode"] == "learning_rate"
+
+
+@pytest.mark.parametrize(
+    ("cotraining", "sentence"),
+    [
+        ({"teacher": "mean"}, "recipe: paper sets cotraining.teacher to other, but mean was given"),
+        (
+            {"sampling": {"mode": "ramp"}},
+            "recipe: paper sets cotraining.sampling.mode to learning_rate, but ramp was given",
+        ),
+    ],
+)
+def test_a_setting_against_the_papers_recipe_is_refused(cotraining, sentence):
+    with pytest.raises(InputError, match=sentence):
+        check(MINIMUM | {"recipe": "paper", "cotraining": cotraining})
+
+
+def test_a_setting_that_agrees_with_the_papers_recipe_is_accepted():
+    agreed = {"teacher": "other", "sampling": {"mode": "learning_rate"}}
+    plain = check(MINIMUM | {"recipe": "paper"})
+    assert check(MINIMUM | {"recipe": "paper", "cotraining": agreed}) == plain
+
+
+@pytest.mark.parametrize("more", [{}, {"recipe": "paper"}, {"data_folder": "/data", "seed": 3}])
+def test_settings_written_as_yaml_read_back_the_same(more, tmp_path):
+    settings = check(MINIMUM | more)
+    (tmp_path / "settings.yaml").write_text(as_yaml(settings))
+    assert load(tmp_path / "settings.yaml") == settings
+    for name, stage in settings.stages().items():
+        (tmp_path / "stage.yaml").write_text(as_yaml(stage))
+        assert load(tmp_path / "stage.yaml", model=STAGES[name]) == stage
+
+
+def test_a_rate_in_yamls_scientific_notation_is_a_number():
+    # YAML 1.1 takes 1e-3 for text.
+    content = yaml.safe_load("training_2d: {learning_rate: 1e-3}")
+    assert check(MINIMUM | content).training_2d.learning_rate == 0.001
+
+
+@pytest.mark.parametrize(
+    ("changes", "stages"),
+    [
+        ({"audit": {"max_cases": 3}}, set()),
+        ({"rounds": 9}, set()),
+        ({"shards": 4}, set()),
+        ({"pool": "transductive"}, set()),
+        ({"review": "review.tsv"}, set()),
+        ({"data_folder": "/elsewhere"}, set()),
+        ({"network_2d": {"weights": "random"}}, set()),
+        ({"inference": {"mirroring": True}}, {"infer"}),
+        ({"training_2d": {"warmup_epochs": 7}}, {"train_2d"}),
+        ({"training_3d": {"weight_decay": 0}}, {"train_3d"}),
+        ({"cotraining": {"ema_decay": 0}}, {"train_2d", "train_3d"}),
+        ({"compute": {"precision": "fp32"}}, {"train_2d", "train_3d", "infer"}),
+        ({"network_2d": {"batch_size": 3}}, {"plan"}),
+        ({"network_3d": {"batch_size": 3}}, {"plan"}),
+        ({"labels": {"other": 1}}, {"plan"}),
+    ],
+)
+def test_a_changed_setting_changes_the_files_of_its_own_stages_only(changes, stages):
+    assert changed_stages(**changes) == stages
+
+
+def test_settings_cannot_be_changed_after_the_check():
+    settings = check(MINIMUM)
+    with pytest.raises(ValueError, match="frozen"):
+        settings.seed = 1
+
+
+def test_every_setting_is_described():
+    def undescribed(model, prefix=""):
+        for name, field in model.model_fields.items():
+            annotation = field.annotation
+            if hasattr(annotation, "model_fields"):
+                yield from undescribed(annotation, f"{prefix}{name}.")
+            elif not field.description:
+                yield prefix + name
+
+    assert list(undescribed(Settings)) == []

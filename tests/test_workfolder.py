@@ -1,0 +1,153 @@
+"""The working folder of a step: one writer at a time, and unfinished work of its own only."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cotrain.errors import InputError
+from cotrain.workfolder import WorkFolder
+
+HOLDER = """
+import sys, time
+from cotrain.workfolder import WorkFolder
+with WorkFolder(sys.argv[1], {"seed": 1}):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Return a living process that holds the lock of the folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "SLURM_JOB_ID": "77"},
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_living_process_is_refused_and_told_who_is_there(tmp_path, holder):
+    sentence = rf"process {holder.pid} on {socket.gethostname()}, SLURM job 77; wait for it"
+    with pytest.raises(InputError, match=sentence), WorkFolder(tmp_path, {"seed": 1}):
+        pass
+    assert (tmp_path / "step.lock").exists()
+
+
+def test_the_same_process_cannot_hold_a_lock_twice(tmp_path):
+    with WorkFolder(tmp_path, {}), pytest.raises(InputError, match="is being written by"):
+        WorkFolder(tmp_path, {}).__enter__()
+    assert not (tmp_path / "step.lock").exists()
+
+
+def test_another_name_in_the_folder_is_another_lock(tmp_path, holder):
+    with WorkFolder(tmp_path, {}, name="shard-1"):
+        assert (tmp_path / "shard-1.lock").exists()
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, holder):
+    holder.kill()
+    # Not even reaped, as an orphan in a container without an init.
+    while "\nState:\tZ" not in Path(f"/proc/{holder.pid}/status").read_text():
+        time.sleep(0.01)
+    assert (tmp_path / "step.lock").exists()
+    with WorkFolder(tmp_path, {"seed": 1}):
+        assert json.loads((tmp_path / "step.lock").read_text())["pid"] == os.getpid()
+    assert not (tmp_path / "step.lock").exists()
+
+
+def test_a_process_number_that_was_given_again_does_not_hold_a_lock(tmp_path):
+    lock = {"host": socket.gethostname(), "pid": os.getpid(), "born": "1", "slurm_job": ""}
+    (tmp_path / "step.lock").write_text(json.dumps(lock | {"heartbeat": time.time()}))
+    with WorkFolder(tmp_path, {}):
+        pass
+
+
+def test_a_lock_cut_short_by_a_kill_is_taken_over(tmp_path):
+    (tmp_path / "step.lock").write_text("")
+    with WorkFolder(tmp_path, {}):
+        pass
+
+
+@pytest.mark.parametrize(("silent_seconds", "living"), [(500, True), (700, False)])
+def test_a_process_of_another_machine_lives_while_its_lock_is_renewed(
+    tmp_path, silent_seconds, living
+):
+    lock = {"host": "elsewhere", "pid": 1, "born": "1", "slurm_job": ""}
+    renewed = {"heartbeat": time.time() - silent_seconds}
+    (tmp_path / "step.lock").write_text(json.dumps(lock | renewed))
+    if living:
+        with pytest.raises(InputError, match="process 1 on elsewhere"):
+            WorkFolder(tmp_path, {}).__enter__()
+    else:
+        with WorkFolder(tmp_path, {}):
+            pass
+
+
+def test_the_lock_is_renewed_while_a_long_epoch_says_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("cotrain.workfolder.HEARTBEAT_SECONDS", 0.01)
+    with WorkFolder(tmp_path, {}):
+        first = json.loads((tmp_path / "step.lock").read_text())["heartbeat"]
+        time.sleep(0.3)
+        assert json.loads((tmp_path / "step.lock").read_text())["heartbeat"] > first
+
+
+def test_a_process_whose_lock_was_taken_over_stops_and_leaves_the_others_alone(tmp_path):
+    lock = {"host": "elsewhere", "pid": 1, "born": "1", "slurm_job": "", "heartbeat": time.time()}
+    sentence = "taken over by process 1 on elsewhere"
+    with pytest.raises(InputError, match=sentence), WorkFolder(tmp_path, {}) as work:
+        (tmp_path / "step.lock").write_text(json.dumps(lock))
+        work.report(1, 2, "epochs")
+    assert json.loads((tmp_path / "step.lock").read_text())["host"] == "elsewhere"
+    assert not (tmp_path / "step.error.txt").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_time_limit_ends_the_process_and_releases_the_lock(tmp_path, holder, number):
+    holder.send_signal(number)
+    assert holder.wait(20) == 128 + number
+    assert not (tmp_path / "step.lock").exists()
+    # A time limit is no error.
+    assert not (tmp_path / "step.error.txt").exists()
+
+
+def test_work_of_another_identity_is_not_resumable(tmp_path):
+    with WorkFolder(tmp_path, {"seed": 1}) as work:
+        assert not work.resumable
+        work.claim()
+    with WorkFolder(tmp_path, {"seed": 1}) as work:
+        assert work.resumable
+    with WorkFolder(tmp_path, {"seed": 2}) as work:
+        assert not work.resumable
+
+
+def test_an_error_is_kept_until_the_step_is_tried_again(tmp_path):
+    with pytest.raises(ZeroDivisionError), WorkFolder(tmp_path, {}):
+        _ = 1 / 0
+    error = tmp_path / "step.error.txt"
+    assert error.read_text() == "ZeroDivisionError: division by zero\n"
+    with WorkFolder(tmp_path, {}):
+        assert not error.exists()
+
+
+def test_progress_says_how_much_is_done_and_left(tmp_path):
+    with WorkFolder(tmp_path, {}) as work:
+        work._started -= 10
+        # Resumed with 4 of 8 done: one epoch in 10 s, three are left.
+        assert work.report(5, 8, "epochs", loss=0.5) == pytest.approx(30, abs=1)
+        work._started -= 10
+        assert work.report(6, 8, "epochs") == pytest.approx(20, abs=1)
+    content = json.loads((tmp_path / "step.progress.json").read_text())
+    assert (content["epochs_done"], content["epochs"]) == (6, 8)
+    assert content["seconds_left"] == pytest.approx(20, abs=1)
