@@ -139,12 +139,12 @@ def processes():
 
 @pytest.fixture(scope="session")
 def kill_once(processes) -> Callable[..., None]:
-    """Return a function that runs a command in a process and sends SIGKILL once a file is there."""
+    """Return a function that runs a command and sends it SIGKILL once a file is written."""
 
     def kill(words: list[str], sign: Path) -> None:
         process = processes.Process(target=main, args=(words,))
         process.start()
-        while process.is_alive() and not sign.is_file():
+        while process.is_alive() and not (sign.is_file() and sign.stat().st_size):
             time.sleep(0.001)
         process.kill()
         process.join()
