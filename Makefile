@@ -10,7 +10,8 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 demo: $(VENV)/ready
 	$(RUN) cotrain make-demo-data --folder data/demo
-	$(RUN) snakemake --cores $(CORES) --configfile config/demo.yaml --quiet rules
+	$(RUN) snakemake --cores $(CORES) --configfile config/demo.yaml --quiet rules \
+		--set-threads train=1 infer_pseudo_masks=1 infer_test_masks=1
 	@cat results/demo/summary/summary.txt
 	@echo
 	@echo "Look next: results/demo/summary/montage.png (one case through the rounds),"

@@ -109,7 +109,6 @@ def test_channels_and_labels_are_described_in_nnunets_words():
         labels={"organ": 1, "tumour": 2},
         network_2d=Network2D(),
         network_3d=Network3D(),
-        seed=0,
     )
     description = dataset_description(
         stage, [{"case": "a", "image": "/x/ct.nii.gz;/x/pet.nii.gz", "label": "/x/l.nii.gz"}]

@@ -140,13 +140,10 @@ def true_dice(mask: np.ndarray, truth: np.ndarray, labels: dict[str, int]) -> fl
     return float(np.mean(scores))
 
 
-def audit_row(
-    made: dict, row: dict, verdict: dict | None, masks: Path, labels: dict[str, int]
-) -> dict:
-    """Return the audit table's row of one case.
+def check_unedited(masks: Path, made: dict) -> Path:
+    """Return a case's mask file; raises InputError where it is not the one that was made.
 
-    made: its manifest row; row: its row in the table of unlabelled cases. Raises InputError where
-    the mask on disk is not the one that was made, or a replacement does not fit.
+    made: the case's row in a manifest of the mask set `masks`.
     """
     mask = masks / made["mask"]
     if not mask.is_file() or sha256_of(mask) != made["mask_sha256"]:
@@ -155,6 +152,18 @@ def audit_row(
             f"{masks / 'manifest-*.tsv'} to infer the set again), save the corrected mask as a new "
             "file and register it in review.tsv with the verdict replace."
         )
+    return mask
+
+
+def audit_row(
+    made: dict, row: dict, verdict: dict | None, masks: Path, labels: dict[str, int]
+) -> dict:
+    """Return the audit table's row of one case.
+
+    made: its manifest row; row: its row in the table of unlabelled cases. Raises InputError where
+    the mask on disk is not the one that was made, or a replacement does not fit.
+    """
+    mask = check_unedited(masks, made)
     accepted, reason = True, ""
     if verdict is not None:
         by = f"{verdict['verdict']} by {verdict['by']} {verdict['date']}".strip()
@@ -188,6 +197,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--manifests", type=Path, nargs="+", required=True)
     parser.add_argument(
         "--source-masks",
+        type=Path,
         nargs="+",
         required=True,
         help="the pseudo-mask sets it was made from, each ending in round-RR/pseudo_2d or _3d",
@@ -202,9 +212,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run `cotrain audit`."""
     labels = parse_labels(arguments.labels)
+    for folder in set(arguments.source_masks) - {arguments.masks}:
+        for source in sorted(folder.glob("manifest-*.tsv")):
+            for made in read_table(source).to_dict("records"):
+                check_unedited(folder, made)
     rows = {row["case"]: row for row in read_table(arguments.cases).to_dict("records")}
     review = read_review(arguments.review, set(rows))
-    sources = ["/".join(Path(each).parts[-2:]) for each in arguments.source_masks]
+    sources = ["/".join(each.parts[-2:]) for each in arguments.source_masks]
     own = "/".join(arguments.masks.parts[-2:])
     manifest = pd.concat([read_table(each) for each in arguments.manifests])
     table = []

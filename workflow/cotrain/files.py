@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,11 @@ from pathlib import Path
 import pandas as pd
 
 from cotrain.errors import InputError
+
+
+def unique_prefix() -> str:
+    """Return a prefix for unfinished files that no other process on any machine uses."""
+    return f".writing-{socket.gethostname()}-{os.getpid()}-"
 
 
 @contextmanager
@@ -22,7 +28,7 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
+    temporary = path.with_name(unique_prefix() + path.name)
     try:
         yield temporary
         with open(temporary, "rb") as written:

@@ -28,7 +28,7 @@ from cotrain.device import autocast, device_of, precision_of
 from cotrain.errors import InputError
 from cotrain.files import read_table, sha256_of, write_table
 from cotrain.masks import MANIFEST_COLUMNS, labels_on_image_grid, quantised, write_mask
-from cotrain.nnunet import Planned, arrays_of
+from cotrain.nnunet import Planned, arrays_of, manifests_of
 from cotrain.provenance import write_provenance
 from cotrain.settings import Inference, InferStage, load
 from cotrain.shards import shard_of
@@ -182,6 +182,7 @@ def make_mask_set(
     rows = shard_of(
         read_table(arguments.cases).to_dict("records"), arguments.shard, arguments.shards
     )
+    inputs = [*inputs, *manifests_of(arguments.preprocessed / arguments.split)]
     identity = {
         "cases": [row["case"] for row in rows],
         "inputs": {str(path): sha256_of(path) for path in inputs},
@@ -231,6 +232,10 @@ def make_mask_set(
             arguments.out_dir / f"manifest-{arguments.shard}.tsv",
         )
         finished.unlink(missing_ok=True)
+        for left_over in arguments.out_dir.glob("manifest-*.tsv"):
+            # From a run with more shards.
+            if int(left_over.stem.removeprefix("manifest-")) >= arguments.shards:
+                left_over.unlink()
 
 
 def _finished_rows(path: Path) -> list[dict]:

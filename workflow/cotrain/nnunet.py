@@ -111,6 +111,11 @@ class Planned:
         return name.startswith("dynamic_network_architectures.")
 
 
+def manifests_of(folder: str | Path) -> list[Path]:
+    """Return the manifests of a folder of preprocessed cases: they change when an array does."""
+    return sorted(Path(folder).glob("manifest-*.tsv"))
+
+
 def arrays_of(folder: str | Path, case: str) -> str:
     """Return the path of a preprocessed case without suffix."""
     return str(Path(folder, case))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cotrain.errors import InputError
 from cotrain.files import read_table, write_json
-from cotrain.nnunet import CONFIGURATIONS, nnunet_folders
+from cotrain.nnunet import CONFIGURATIONS, Planned, nnunet_folders
 from cotrain.settings import Network2D, Network3D, PlanStage, load
 
 DATASET_NAME = "Dataset001_cotrain"
@@ -108,6 +108,25 @@ def configuration_2d(plans: dict, wanted: Network2D) -> dict:
     }
 
 
+def check_network_2d(planned: Planned, wanted: Network2D) -> None:
+    """Build the 2D network and run one slice through it: hours earlier than training would fail.
+
+    Raises InputError where timm or the decoder refuses the combination.
+    """
+    import torch
+
+    patch = planned.configuration("2d").patch_size
+    try:
+        with torch.inference_mode():
+            network = planned.build_network("2d", deep_supervision=False).eval()
+            network(torch.zeros(1, planned.channel_count, *patch))
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"network_2d does not work: encoder {wanted.encoder} with decoder {wanted.decoder} on "
+            f"slices of {list(patch)}: {error}; choose another encoder, decoder or patch_size."
+        ) from error
+
+
 def plan(stage: PlanStage, cases: list[dict], out_dir: Path, *, jobs: int) -> None:
     """Write plans.json, dataset.json and dataset_fingerprint.json into `out_dir`."""
     from nnunetv2.experiment_planning.plan_and_preprocess_api import (
@@ -138,6 +157,7 @@ def plan(stage: PlanStage, cases: list[dict], out_dir: Path, *, jobs: int) -> No
             )
         }
         plans["configurations"][CONFIGURATIONS["2d"]] = configuration_2d(plans, stage.network_2d)
+        check_network_2d(Planned(plans, description), stage.network_2d)
         out_dir.mkdir(parents=True, exist_ok=True)
         shutil.copy(made / "dataset_fingerprint.json", out_dir / "dataset_fingerprint.json")
         write_json(description, out_dir / "dataset.json")

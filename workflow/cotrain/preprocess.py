@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from cotrain.files import read_table, write_table
+from cotrain.files import read_table, sha256_of, unique_prefix, write_table
 from cotrain.nnunet import CONFIGURATIONS, Planned
 from cotrain.shards import shard_of
 
@@ -25,25 +25,22 @@ NOT_READ = ("architecture", "batch_size", "batch_dice")
 
 
 def origin_of(row: dict, planned: Planned, *, with_label: bool) -> str:
-    """Return a SHA-256 over all that the arrays of a case depend on; of files, size and time."""
+    """Return a SHA-256 over all that the arrays of a case depend on: plans and files' bytes."""
     plans = {name: value for name, value in planned.plans.items() if name != "configurations"}
     configuration = planned.plans["configurations"][CONFIGURATIONS["3d"]]
     files = row["image"].split(";") + ([row["label"]] if with_label else [])
-    stats = [os.stat(path) for path in files]
     content = {
         "plans": plans,
         "configuration": {k: v for k, v in configuration.items() if k not in NOT_READ},
         "labels": planned.dataset["labels"],
-        "files": [
-            [path, stat.st_size, stat.st_mtime_ns] for path, stat in zip(files, stats, strict=True)
-        ],
+        "files": [sha256_of(path) for path in files],
         "with_label": with_label,
     }
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def preprocess_case(row: dict, planned: Planned, out_dir: Path, *, with_label: bool) -> dict:
-    """Preprocess one case and return its manifest row (case, shape on the preprocessed grid).
+    """Preprocess one case and return its manifest row (case, preprocessed shape, origin).
 
     row: a row of a checked case table. The three files are written under another name and renamed,
     the properties last, so that a killed run leaves no case that looks whole but is not. The image
@@ -59,9 +56,7 @@ def preprocess_case(row: dict, planned: Planned, out_dir: Path, *, with_label: b
     there = blosc2.open(str(array), mode="r") if whole else None
     if there is None or there.schunk.vlmeta.get("origin") != origin:
         properties.unlink(missing_ok=True)
-        partial_name = out_dir / f".partial-{row['case']}"
-        for suffix in SUFFIXES:
-            partial_name.with_name(partial_name.name + suffix).unlink(missing_ok=True)
+        partial_name = out_dir / f"{unique_prefix()}{row['case']}"
         DefaultPreprocessor(verbose=False).run_case_save(
             str(partial_name),
             row["image"].split(";"),
@@ -79,7 +74,7 @@ def preprocess_case(row: dict, planned: Planned, out_dir: Path, *, with_label: b
                 final.with_name(final.name + suffix),
             )
     shape = blosc2.open(str(array), mode="r").shape[1:]
-    return {"case": row["case"], "shape": "x".join(str(size) for size in shape)}
+    return {"case": row["case"], "shape": "x".join(str(size) for size in shape), "origin": origin}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,6 +106,6 @@ def run(arguments: argparse.Namespace) -> None:
             manifest.append(row)
             print(f"{done}/{len(rows)} {row['case']} {row['shape']}", flush=True)
     write_table(
-        pd.DataFrame(manifest, columns=["case", "shape"]),
+        pd.DataFrame(manifest, columns=["case", "shape", "origin"]),
         arguments.out_dir / f"manifest-{arguments.shard}.tsv",
     )

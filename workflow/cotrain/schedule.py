@@ -7,6 +7,7 @@ control trains through the same epochs with the same rates, and sees labels only
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -73,6 +74,15 @@ class Schedule:
         done += iteration / self.training.iterations_per_epoch
         return done / window.phase_epochs
 
+    def _is_first_phase(self, window: Window) -> bool:
+        return window.phase == "labels" or self.label_epochs == 0
+
+    def highest_rate(self, window: Window) -> float:
+        """Return the height that the rate of a phase anneals from."""
+        if self._is_first_phase(window):
+            return self.training.learning_rate
+        return self.training.learning_rate * self.cotraining.learning_rate_restart
+
     def learning_rate(self, window: Window, epoch: int, iteration: int) -> float:
         """Return the rate of an iteration.
 
@@ -80,10 +90,8 @@ class Schedule:
         (Loshchilov & Hutter 2017, SGDR, eq. 5, one cycle a phase).
         """
         progress = self.progress(window, epoch, iteration)
-        highest = self.training.learning_rate
-        first_phase = window.phase == "labels" or self.label_epochs == 0
-        if not first_phase:
-            highest *= self.cotraining.learning_rate_restart
+        highest = self.highest_rate(window)
+        if not self._is_first_phase(window):
             return highest * _half_cosine(progress)
         if progress < RISE:
             steps = self.training.iterations_per_epoch * window.phase_epochs * RISE
@@ -93,8 +101,9 @@ class Schedule:
     def wanted_share(self, window: Window, epoch: int, iteration: int, batch_size: int) -> float:
         """Return the unlabelled share that sampling asks for at an iteration, after the cap.
 
-        `learning_rate`: 1 - rate / highest rate; 0 while the rate still rises. `reference`: the
-        released code's floor((epoch - T) / (E - T) * 5) / 5 with the phase as [T, E).
+        `learning_rate`: 1 - rate / highest rate of the phase; 0 while it still rises.
+        `reference`: the released code's floor((epoch - T) / (E - T) * 5) / 5, with the
+        phase as [T, E).
         """
         if window.phase == "labels":
             return 0.0
@@ -103,7 +112,7 @@ class Schedule:
         if sampling.mode == "learning_rate":
             rising = self.label_epochs == 0 and progress < RISE
             rate = self.learning_rate(window, epoch, iteration)
-            share = 0.0 if rising else 1 - rate / self.training.learning_rate
+            share = 0.0 if rising else 1 - rate / self.highest_rate(window)
         elif sampling.mode == "reference":
             share = math.floor(progress * REFERENCE_STEPS) / REFERENCE_STEPS
         else:
@@ -119,16 +128,23 @@ class Schedule:
         epoch: a resumed epoch draws the same batches.
         """
         iterations = self.training.iterations_per_epoch
-        wanted = np.array(
-            [
-                self.wanted_share(window, each, i, batch_size)
-                for each in range(window.phase_start, epoch + 1)
-                for i in range(iterations)
-            ]
-        )
-        # Rounded, because a sum of thirds must not fall short of a whole number.
-        total = np.floor(np.round(np.cumsum(wanted * batch_size), 6)).astype(int)
-        return np.diff(total, prepend=0)[-iterations:]
+        first = (epoch - window.phase_start) * iterations
+        return _counts_of_phase(self, window, batch_size)[first : first + iterations]
+
+
+@lru_cache(maxsize=2)
+def _counts_of_phase(schedule: Schedule, window: Window, batch_size: int) -> np.ndarray:
+    """Return the unlabelled samples of each batch from the phase's start to the window's end."""
+    wanted = np.array(
+        [
+            schedule.wanted_share(window, epoch, iteration, batch_size)
+            for epoch in range(window.phase_start, window.stop)
+            for iteration in range(schedule.training.iterations_per_epoch)
+        ]
+    )
+    # Rounded, because a sum of thirds must not fall short of a whole number.
+    total = np.floor(np.round(np.cumsum(wanted * batch_size), 6)).astype(int)
+    return np.diff(total, prepend=0)
 
 
 def _half_cosine(progress: float) -> float:

@@ -100,8 +100,9 @@ class Sampling(Section):
 
     mode: Literal["learning_rate", "reference", "ramp"] = Field(
         "learning_rate",
-        description="learning_rate: 1 - rate / highest rate (the paper's words); reference: the "
-        "released code's staircase of fifths; ramp: linear from share_start to share_end.",
+        description="learning_rate: 1 - rate / highest rate of the phase (the paper's words); "
+        "reference: the released code's staircase of fifths; ramp: linear from share_start to "
+        "share_end.",
     )
     share_start: Share = Field(0.25, description="ramp: unlabelled share at the start.")
     share_end: Share = Field(0.75, description="ramp: unlabelled share at the end.")
@@ -212,7 +213,7 @@ class Settings(Section):
     pool: Literal["train_only", "transductive"] = Field(
         "train_only",
         description="Cases that get pseudo-masks: the unlabelled ones, or also the test images "
-        "(transductive, as in the authors' code; said in every report).",
+        "(transductive, as in the authors' code; said in the data report and the summary).",
     )
     recipe: Literal["own", "paper"] = Field(
         "own", description="paper: sets the cotraining section to the paper's values."
@@ -268,7 +269,6 @@ class Settings(Section):
                     update={"weights": "", "weights_sha256": None}
                 ),
                 network_3d=self.network_3d,
-                seed=self.seed,
             ),
             "train_2d": self.train_stage("2d"),
             "train_3d": self.train_stage("3d"),
@@ -302,7 +302,6 @@ class PlanStage(Section):
     labels: dict[str, int]
     network_2d: Network2D
     network_3d: Network3D
-    seed: int
 
 
 class TrainStage(Section):

@@ -25,7 +25,7 @@ from cotrain.device import autocast, device_of, precision_of
 from cotrain.errors import InputError
 from cotrain.files import read_table, sha256_of, write_atomically
 from cotrain.losses import DiceAndSoftCrossEntropy
-from cotrain.nnunet import Planned, arrays_of
+from cotrain.nnunet import Planned, arrays_of, manifests_of
 from cotrain.provenance import write_provenance
 from cotrain.schedule import Schedule, Window
 from cotrain.settings import TrainStage, load
@@ -122,7 +122,7 @@ class Trainer:
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint of `save`; `start` must have been called."""
-        content = torch.load(path, map_location=self.device, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
         if content["network_name"] != self.network_name:
             raise InputError(
                 f"{path} holds the {content['network_name']} network, wanted the "
@@ -132,7 +132,7 @@ class Trainer:
         self.optimizer.load_state_dict(content["optimizer_state"])
         if self.average:
             self.average.module.load_state_dict(content["average_weights"])
-        if self.scaler:
+        if self.scaler and content["scaler_state"]:
             self.scaler.load_state_dict(content["scaler_state"])
         self.epoch, self.curve = content["epoch"], content["curve"]
 
@@ -282,10 +282,10 @@ def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     stage = load(arguments.settings, model=TrainStage)
     planned = Planned.read(arguments.preprocessed)
-    on_gpu = device_of(stage.compute).type == "cuda"
+    device = device_of(stage.compute)
     workers = arguments.workers
     if workers is None:
-        workers = max(1, arguments.threads - 1) if on_gpu else 0
+        workers = max(1, arguments.threads - 1) if device.type == "cuda" else 0
     inputs = [
         path
         for path in (
@@ -295,12 +295,17 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.audit,
             arguments.previous,
             arguments.encoder_weights,
+            *manifests_of(arguments.preprocessed / "labelled"),
+            *manifests_of(arguments.preprocessed / "unlabelled"),
         )
         if path is not None
     ]
     identity = {
         "arm": arguments.arm,
         "round": arguments.round,
+        # Another number format would go on with other bits, without a word.
+        "device": device.type,
+        "precision": precision_of(stage.compute, device),
         "inputs": {str(path): sha256_of(path) for path in inputs},
     }
     with WorkFolder(arguments.out_dir / "work", identity) as work:
@@ -323,6 +328,14 @@ def _train_round(
         for name in read_table(arguments.labelled)["case"]
     ]
     unlabelled = accepted_cases(arguments.audit, arguments.preprocessed) if arguments.audit else []
+    batch_size = planned.configuration(arguments.network).batch_size
+    least = stage.cotraining.sampling.min_labelled_per_batch
+    if unlabelled and least >= batch_size:
+        raise InputError(
+            f"cotraining.sampling.min_labelled_per_batch is {least} and the {arguments.network} "
+            f"network's batch size {batch_size}, so that no pseudo-mask would ever be learnt; "
+            "lower the one (0 allows batches without a labelled sample) or raise the other."
+        )
     trainer.start(arguments.encoder_weights if arguments.previous is None else None)
     latest = work.folder / "latest.pth"
     events = arguments.out_dir / "tensorboard"
@@ -393,7 +406,11 @@ def _train_round(
     # the working folder: should Snakemake die now and delete the output, the rerun takes seconds.
     trainer.save(latest)
     with write_atomically(arguments.out_dir / "checkpoint.pth") as temporary:
-        os.link(latest, temporary)
+        try:
+            os.link(latest, temporary)
+        except OSError:
+            # Some network file systems have no hard links; then the bytes are there twice.
+            shutil.copyfile(latest, temporary)
 
 
 def weights_hash(network: nn.Module) -> str:

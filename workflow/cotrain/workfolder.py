@@ -20,6 +20,8 @@ HEARTBEAT_SECONDS = 60
 """Seconds between two signs of life in a lock."""
 HEARTBEAT_LIFETIME = 600
 """Seconds without a sign of life after which a lock of another machine counts as left behind."""
+POLL_SECONDS = 5
+"""Seconds between two looks at a lock that another machine holds."""
 SETTLING_SECONDS = 1
 """Seconds in which two processes that start at once see each other's lock."""
 
@@ -34,7 +36,8 @@ class WorkFolder:
     SIGTERM and SIGUSR1, which a cluster sends at a time limit, end the process inside the block at
     once, and release the lock, so that the step can go on in another place without waiting.
 
-    Raises InputError on entry where another living process holds the lock.
+    Waits on entry while a process on another machine holds the lock; raises InputError where a
+    living process of this machine does.
     """
 
     def __init__(self, folder: str | Path, identity: dict, *, name: str = "step") -> None:
@@ -121,7 +124,7 @@ class WorkFolder:
             os.close(os.open(self._lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             self._write_lock()
         except FileExistsError:
-            owner = self._living_owner()
+            owner = self._wait_for_other_machines()
             if owner is None:
                 self._write_lock()
                 # Of several that find the same lock left behind, the last to write has it.
@@ -132,6 +135,27 @@ class WorkFolder:
                     f"{self.folder} is being written by {owner}; wait for it to end or cancel it "
                     f"(if it is surely gone, remove {self._lock})."
                 ) from None
+
+    def _wait_for_other_machines(self) -> str | None:
+        """Return the living owner on this machine; wait while another machine holds the lock.
+
+        A job that was started again on another node than the one it died on cannot ask whether its
+        forerunner still lives, so it waits for the lock to be released or to fall silent.
+        """
+        owner, told = self._living_owner(), False
+        while (
+            owner is not None and (self._read_lock() or self._owner)["host"] != self._owner["host"]
+        ):
+            if not told:
+                print(
+                    f"Waiting for {owner} to release {self._lock} or to be silent for "
+                    f"{HEARTBEAT_LIFETIME} s.",
+                    flush=True,
+                )
+                told = True
+            time.sleep(POLL_SECONDS)
+            owner = self._living_owner()
+        return owner
 
     def _write_lock(self) -> None:
         write_json({**self._owner, "heartbeat": time.time()}, self._lock)

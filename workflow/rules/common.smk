@@ -44,6 +44,12 @@ def checked_cases():
             settings.cases, settings.data_folder, check_files=workflow.is_main_process
         )
         rows = {split: table[table["split"] == split] for split in SPLITS}
+        channels = table["image"].iloc[0].count(";") + 1
+        if channels != len(settings.channels):
+            raise InputError(
+                f"{settings.cases} has {channels} image channels a case, `channels` names "
+                f"{len(settings.channels)} ({', '.join(settings.channels)}); name each channel once."
+            )
         if settings.pool == "transductive":
             rows["unlabelled"] = table[table["split"] != "labelled"]
         cases[experiment] = rows
@@ -63,6 +69,25 @@ def checked_reviews():
                         "(see results/README.md)."
                     )
             reviews[experiment] = table.to_dict("records")
+            allowed = {
+                "case": set(CASES[experiment]["unlabelled"]["case"]),
+                "round": {str(n) for n in range(settings.rounds)}
+                | {f"{n:02d}" for n in range(settings.rounds)},
+                "masks": {"pseudo_2d", "pseudo_3d", "teacher_2d", "teacher_3d"},
+                "verdict": {"accept", "exclude", "replace"},
+            }
+            for row in reviews[experiment]:
+                for name, values in allowed.items():
+                    if row[name] not in values:
+                        wanted = (
+                            ", ".join(sorted(values)[:6])
+                            if len(values) < 200
+                            else "a case"
+                        )
+                        raise InputError(
+                            f"{settings.review} has {row[name]!r} in the column `{name}`, wanted "
+                            f"one of {wanted} ...; correct it, or the verdict would go unheard."
+                        )
     return reviews
 
 
@@ -122,8 +147,8 @@ def data_folder_of(wildcards):
 
 
 def has_test_cases(experiment):
-    """Return whether anything can be evaluated."""
-    return len(CASES[experiment]["test"]) > 0
+    """Return whether anything can be evaluated: test cases with a label."""
+    return (CASES[experiment]["test"]["label"] != "").any()
 
 
 def shards_of(experiment, split):
@@ -137,6 +162,18 @@ def manifests_in(folder, experiment, split):
         f"{folder}/manifest-{shard}.tsv"
         for shard in range(shards_of(experiment, split))
     ]
+
+
+def files_of(experiment, split):
+    """Return the images and labels of a split, to run again what a corrected file went into.
+
+    Not those of unlabelled cases: their number is not bounded, and each job would ask for all.
+    """
+    if split == "unlabelled":
+        return []
+    rows = CASES[experiment][split]
+    images = [path for channels in rows["image"] for path in channels.split(";")]
+    return images + [path for path in rows["label"] if path]
 
 
 def preprocessed_cases(split):
@@ -375,12 +412,18 @@ def pseudo_masks_of(experiment, rounds):
 
 def note_of(wildcards):
     """Return what every summary must say about the experiment."""
-    if settings_of(wildcards).pool == "transductive":
-        return (
+    settings, notes = settings_of(wildcards), []
+    if settings.pool == "transductive":
+        notes.append(
             "Transductive: the test images, without their labels, were among the images that got "
             "pseudo-masks."
         )
-    return ""
+    if settings.rounds != settings.cotraining.schedule_rounds:
+        notes.append(
+            f"The rate anneals to 0 over {settings.cotraining.schedule_rounds} rounds "
+            f"(cotraining.schedule_rounds), but {settings.rounds} were run."
+        )
+    return " ".join(notes)
 
 
 def rounds_in_montage(experiment):
@@ -452,10 +495,10 @@ def gpus_wanted(wildcards):
     return 0 if settings_of(wildcards).compute.device == "cpu" else 1
 
 
-def network_mem_mb(wildcards):
-    """Return the main memory of a training or inference job.
+def network_mem_mb(wildcards, attempt):
+    """Return the main memory of a training or inference job; a retry asks for more.
 
     6 GB hold the CPU configurations. A job on a GPU plans for large patches and has processes
     that make batches beside it. Asks of a cluster only; a profile's `set-resources` overrides it.
     """
-    return 16000 if gpus_wanted(wildcards) else 6000
+    return attempt * (16000 if gpus_wanted(wildcards) else 6000)

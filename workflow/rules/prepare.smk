@@ -21,6 +21,8 @@ rule check_data:
     """Open every image and label, list all problems, and report on the data set."""
     input:
         cases=lambda wildcards: str(settings_of(wildcards).cases),
+        labelled_files=lambda wildcards: files_of(wildcards.experiment, "labelled"),
+        test_files=lambda wildcards: files_of(wildcards.experiment, "test"),
     output:
         labelled="results/{experiment}/cases/labelled.tsv",
         unlabelled="results/{experiment}/cases/unlabelled.tsv",
@@ -67,6 +69,7 @@ rule plan:
     input:
         settings="results/{experiment}/settings/plan.yaml",
         cases="results/{experiment}/cases/labelled.tsv",
+        files=lambda wildcards: files_of(wildcards.experiment, "labelled"),
     output:
         plans="results/{experiment}/preprocessed/plans.json",
         dataset="results/{experiment}/preprocessed/dataset.json",
@@ -99,6 +102,7 @@ rule preprocess:
     input:
         plans="results/{experiment}/preprocessed/plans.json",
         cases="results/{experiment}/cases/{split}.tsv",
+        files=lambda wildcards: files_of(wildcards.experiment, wildcards.split),
     output:
         manifest="results/{experiment}/preprocessed/{split}/manifest-{shard}.tsv",
     log:
@@ -109,7 +113,7 @@ rule preprocess:
         "../../envs/cotrain.yaml"
     threads: 4
     resources:
-        mem_mb=8000,
+        mem_mb=lambda wildcards, attempt: 8000 * attempt,
         runtime=240,
     params:
         preprocessed=subpath(input.plans, parent=True),
