@@ -171,9 +171,17 @@ def files_of(experiment, split):
     """
     if split == "unlabelled":
         return []
-    rows = CASES[experiment][split]
-    images = [path for channels in rows["image"] for path in channels.split(";")]
-    return images + [path for path in rows["label"] if path]
+    images = [
+        path
+        for channels in CASES[experiment][split]["image"]
+        for path in channels.split(";")
+    ]
+    return images + truths_of(experiment, split)
+
+
+def truths_of(experiment, split):
+    """Return the labels of a split, of those cases that have one."""
+    return [path for path in CASES[experiment][split]["label"] if path]
 
 
 def preprocessed_cases(split):

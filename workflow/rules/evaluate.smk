@@ -88,7 +88,7 @@ rule evaluate:
     input:
         manifests=manifests_of_test_masks,
         cases="results/{experiment}/cases/test.tsv",
-        files=lambda wildcards: files_of(wildcards.experiment, "test"),
+        truths=lambda wildcards: truths_of(wildcards.experiment, "test"),
     output:
         scores="results/{experiment}/evaluation/{arm}_{network}_round-{round}.tsv",
     log:
