@@ -40,20 +40,7 @@ from cotrain.data_check import labels_from
 from cotrain.files import read_table, write_table, write_text
 from cotrain.nnunet import CONFIGURATIONS, Planned, nnunet_folders
 from cotrain.plan import DATASET_NAME
-from cotrain.settings import (
-    Compute,
-    Cotraining,
-    Inference,
-    InferStage,
-    Network2D,
-    Network3D,
-    PlanStage,
-    Sampling,
-    Section,
-    Training,
-    TrainStage,
-    as_yaml,
-)
+from cotrain.settings import Compute, Section, as_yaml, check
 
 # Our commands do this for themselves. Stock gets it here too: on a busy machine it would else be
 # several times slower, which would flatter us. Read by OpenMP when torch is imported.
@@ -183,16 +170,13 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> Prepared:
         if some.empty:
             sys.exit(f"{cases} has no {split} case, wanted at least one; add one to the table.")
         write_table(some, prepared.cases(split))
-    plan_settings = prepared.settings(
+    plan_stage = stage_of(
         "plan",
-        PlanStage(
-            channels=arguments.channels,
-            labels=labels_from(labels),
-            network_2d=Network2D(),
-            network_3d=Network3D(features_per_stage=arguments.features),
-            seed=0,
-        ),
+        channels=arguments.channels,
+        labels=labels_from(labels),
+        network_3d={"features_per_stage": arguments.features},
     )
+    plan_settings = prepared.settings("plan", plan_stage)
     preprocessed = ("--preprocessed", prepared.preprocessed)
     cotrain(
         *("plan", "--settings", plan_settings, "--cases", prepared.cases("labelled")),
@@ -204,7 +188,7 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> Prepared:
             *("--shard", 0, "--shards", 1, "--out-dir", prepared.preprocessed / split),
             *(["--with-label"] if split == "labelled" else []),
         )
-    training = Training(iterations_per_epoch=40, epochs_per_round=1)
+    training = {"iterations_per_epoch": 40, "epochs_per_round": 1}
     shutil.rmtree(prepared.checkpoint.parent, ignore_errors=True)
     cotrain(
         *("train", "--network", "3d", "--arm", "labels_only", "--round", 0, *preprocessed),
@@ -225,22 +209,28 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> Prepared:
     return prepared
 
 
-def train_stage(*, training: Training, share: float = 0, precision: str = "auto") -> TrainStage:
-    """Return our default settings of training with a constant unlabelled share."""
-    sampling = Sampling(mode="ramp", share_start=share, share_end=share)
-    return TrainStage(
-        seed=0,
-        training=training,
-        cotraining=Cotraining(sampling=sampling),
-        compute=Compute(device="cpu", precision=precision),
+def stage_of(name: str, **sections: object) -> Section:
+    """Return a stage's settings with these sections, and our defaults for all others."""
+    needed = {"experiment": "speed", "cases": "cases.tsv", "labels": {"label": 1}}
+    return check({**needed, **sections}).stages()[name]
+
+
+def train_stage(*, training: dict, share: float = 0, precision: str = "auto") -> Section:
+    """Return our default settings of 3D training with a constant unlabelled share."""
+    return stage_of(
+        "train_3d",
+        training_3d=training,
+        cotraining={"sampling": {"mode": "ramp", "share_start": share, "share_end": share}},
+        compute={"device": "cpu", "precision": precision},
     )
 
 
-def infer_stage(precision: str, *, tile_step_size: float = 0.5) -> InferStage:
+def infer_stage(precision: str, *, tile_step_size: float = 0.5) -> Section:
     """Return our default settings of inference."""
-    return InferStage(
-        inference=Inference(tile_step_size=tile_step_size),
-        compute=Compute(device="cpu", precision=precision),
+    return stage_of(
+        "infer",
+        inference={"tile_step_size": tile_step_size},
+        compute={"device": "cpu", "precision": precision},
     )
 
 
@@ -316,7 +306,7 @@ def measure_training(prepared: Prepared, *, steps: int, repetitions: int) -> lis
     )
 
     def ours(precision: str, share: float) -> Callable[[], list[float]]:
-        training = Training(iterations_per_epoch=steps)
+        training = {"iterations_per_epoch": steps}
         stage = train_stage(training=training, share=share, precision=precision)
         trainer = Trainer(planned, "3d", stage)
         trainer.start(None)
