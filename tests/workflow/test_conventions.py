@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cotrain.schema import settings_table
 from cotrain.settings import Settings
 
 CLONE = Path(__file__).parents[2]
@@ -119,3 +120,9 @@ def test_the_rules_are_formatted():
 def test_the_code_is_clean():
     run(sys.executable, "-m", "ruff", "check", ".")
     run(sys.executable, "-m", "ruff", "format", "--check", ".")
+
+
+def test_the_page_on_settings_has_every_setting():
+    """Mend it with `make schema`."""
+    page = (CLONE / "config/README.md").read_text()
+    assert page.endswith("\n".join(settings_table()) + "\n")
