@@ -214,11 +214,11 @@ def pseudo_masks(tiny) -> Path:
     """Return a mask set of the unlabelled cases, as uncertain as the truth blurred by a voxel."""
     out_dir = tiny.folder / "cotrain" / "round-00" / "pseudo_2d"
 
-    def scores_of(arrays: str) -> tuple[torch.Tensor, np.ndarray]:
+    def slabs_of(arrays: str) -> list[tuple[torch.Tensor, np.ndarray]]:
         truth = blosc2.open(str(tiny.truth / "unlabelled" / Path(arrays).name) + "_seg.b2nd")[0]
         one_hot = [gaussian_filter((np.maximum(truth, 0) == k).astype(float), 1) for k in range(3)]
         logits = torch.log(torch.from_numpy(np.stack(one_hot)) + 0.02).half()
-        return logits, soft_mask_of(logits)
+        return [(logits, soft_mask_of(logits))]
 
     arguments = Namespace(
         preprocessed=tiny.preprocessed,
@@ -232,7 +232,7 @@ def pseudo_masks(tiny) -> Path:
         arguments,
         Planned.read(tiny.preprocessed),
         inputs=[],
-        scores_of=scores_of,
+        slabs_of=slabs_of,
         settings=MergeStage(),
     )
     return out_dir

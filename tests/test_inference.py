@@ -1,5 +1,6 @@
 """Inference: stock nnU-Net's windows and logits, masks in the right place, resuming by cases."""
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -10,10 +11,14 @@ import pytest
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from medpy.metric.binary import dc
+from nnunetv2.inference.export_prediction import (
+    convert_predicted_logits_to_segmentation_with_correct_shape,
+)
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from cotrain.__main__ import main
-from cotrain.inference import predict_logits, soft_mask_of, windows
+from cotrain.errors import InputError
+from cotrain.inference import logit_slabs, soft_mask_of, windows
 from cotrain.masks import confidence_of, labels_on_image_grid, quantised, with_background
 from cotrain.merge import mean_of
 from cotrain.nnunet import Planned
@@ -76,16 +81,17 @@ def test_logits_are_those_of_stock_nnunet(name, shape, mirroring, planned):
     configuration = planned.configuration(name)
     image = np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32)
     image[0, :, : shape[1] // 2] += 3  # so that another field of view has other statistics
-    ours = predict_logits(
+    slabs = logit_slabs(
         network,
         blosc2.asarray(image),
         patch_size=tuple(configuration.patch_size),
         class_count=planned.class_count,
-        slices_at_once=3,
+        batch_size=3,
         inference=Inference(mirroring=mirroring),
         device=CPU,
         precision="fp32",
     )
+    ours = torch.cat(list(slabs), dim=1)
     predictor = nnUNetPredictor(
         tile_step_size=0.5,
         use_mirroring=mirroring,
@@ -112,16 +118,17 @@ def test_a_networks_infinite_output_stops_with_a_sentence(planned):
             return images.new_full((len(images), 3, *images.shape[2:]), float("nan"))
 
     with pytest.raises(ValueError, match="lower learning rate"):
-        predict_logits(
+        logits = logit_slabs(
             Broken(),
             np.zeros((1, 4, 4, 4), dtype=np.float32),
             patch_size=(4, 4, 4),
             class_count=3,
-            slices_at_once=1,
+            batch_size=1,
             inference=Inference(),
             device=CPU,
             precision="fp32",
         )
+        list(logits)
 
 
 # ------------------------------------------------------------------------- masks on the grids
@@ -133,11 +140,57 @@ def test_labels_come_back_to_the_images_own_grid(split, tiny, planned):
         arrays = str(tiny.truth / split / row["case"])
         label = torch.from_numpy(blosc2.open(arrays + "_seg.b2nd")[0].astype(np.int64)).clamp(0)
         logits = torch.nn.functional.one_hot(label, 3).movedim(-1, 0).half()
-        back = labels_on_image_grid(logits, load_pickle(arrays + ".pkl"), planned)
+        back = labels_on_image_grid(
+            [logits], load_pickle(arrays + ".pkl"), planned, depth=logits.shape[1]
+        )
         original = np.asarray(nibabel.load(row["label"]).dataobj)
         assert back.transpose(2, 1, 0).shape == original.shape
         for value in tiny.settings.labels.values():
             assert dc(back.transpose(2, 1, 0) == value, original == value) > 0.97, row["case"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing_mm"),
+    [
+        ((9, 20, 24), (1.0, 1.0, 1.0)),
+        ((23, 31, 20), (0.6, 0.8, 1.7)),
+        ((40, 50, 45), (0.5, 0.5, 0.5)),
+        ((6, 40, 41), (5.0, 0.7, 0.7)),
+        ((33, 9, 30), (0.8, 4.0, 0.8)),
+        ((1, 20, 20), (4.0, 1.0, 1.0)),
+    ],
+)
+def test_labels_are_resampled_as_nnunet_does_it(shape, spacing_mm, planned):
+    torch.manual_seed(0)
+    margin, planned_mm = (2, 0, 3), planned.configuration("3d").spacing
+    grid = [max(1, round(n * a / b)) for n, a, b in zip(shape, spacing_mm, planned_mm, strict=True)]
+    logits = (2 * torch.randn(3, *grid)).half()
+    properties = {
+        # In the image's order; everything else is in the order of the preprocessed axes.
+        "spacing": [spacing_mm[axis] for axis in planned.manager.transpose_backward],
+        "shape_before_cropping": tuple(n + 2 * m for n, m in zip(shape, margin, strict=True)),
+        "shape_after_cropping_and_before_resampling": shape,
+        "bbox_used_for_cropping": [[m, m + n] for n, m in zip(shape, margin, strict=True)],
+    }
+    slabs = torch.split(logits, 4, dim=1)
+    ours = labels_on_image_grid(slabs, properties, planned, depth=grid[0])
+    stock = convert_predicted_logits_to_segmentation_with_correct_shape(
+        logits, planned.manager, planned.configuration("3d"), planned.labels, properties
+    )
+    assert ours.shape == stock.shape
+    assert sorted(ours.shape) == sorted(properties["shape_before_cropping"])
+    # nnU-Net interpolates all axes at once: the last bit may decide between two equal labels.
+    assert (ours != stock).mean() < 1e-3
+    assert len(np.unique(ours)) == 3
+
+
+def test_plans_with_another_resampling_are_refused(planned):
+    plans = copy.deepcopy(planned.plans)
+    for configuration in plans["configurations"].values():
+        if "resampling_fn_probabilities" in configuration:
+            configuration["resampling_fn_probabilities"] = "resample_torch_fornnunet"
+    with pytest.raises(InputError, match="resample_torch_fornnunet"):
+        labels_on_image_grid([], {"spacing": (1, 1, 1)}, Planned(plans, planned.dataset), depth=1)
 
 
 def test_quantisation_errs_by_half_a_step_at_most():

@@ -9,7 +9,7 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import blosc2
@@ -24,13 +24,13 @@ from nnunetv2.inference.sliding_window_prediction import (
 )
 from torch import nn
 
-from cotrain.device import autocast, device_of, precision_of
+from cotrain.device import arrange_for_cpu, autocast, device_of, precision_of
 from cotrain.errors import InputError
 from cotrain.files import read_table, sha256_of, write_table
 from cotrain.masks import MANIFEST_COLUMNS, labels_on_image_grid, quantised, write_mask
 from cotrain.nnunet import Planned, arrays_of, manifests_of
 from cotrain.provenance import write_provenance
-from cotrain.settings import Inference, InferStage, load
+from cotrain.settings import Inference, InferStage, Section, load
 from cotrain.shards import shard_of
 from cotrain.workfolder import WorkFolder
 
@@ -80,56 +80,84 @@ def _boxes_along(size: int, patch: int, step: float) -> list[tuple[int, int]]:
 
 
 @torch.inference_mode()
-def predict_logits(
+def logit_slabs(
     network: nn.Module,
     image: blosc2.NDArray | np.ndarray,
     *,
     patch_size: tuple[int, ...],
     class_count: int,
-    slices_at_once: int,
+    batch_size: int,
     inference: Inference,
     device: torch.device,
     precision: str,
-) -> torch.Tensor:
-    """Return logits `(K, Z, Y, X)` float16 on the CPU, averaged over overlapping windows.
+) -> Iterator[torch.Tensor]:
+    """Yield logits `(K, d, Y, X)` float16 on the CPU, slab after slab from the first slice to the
+    last, averaged over overlapping windows.
 
-    image: `(C, Z, Y, X)` float32 on the preprocessed grid; only windows of it are read. Windows
-    count by a Gaussian around their centre, as in nnU-Net. Raises InputError where logits are not
-    finite.
+    image: `(C, Z, Y, X)` float32 on the preprocessed grid; only windows of it are read. Never more
+    slices are held than a window has. Windows count by a Gaussian around their centre, as in
+    nnU-Net. Raises InputError where logits are not finite.
     """
     shape = image.shape[1:]
-    total = torch.zeros((class_count, *shape), dtype=torch.float16)
-    weight = torch.zeros(shape, dtype=torch.float16)
     gaussian = compute_gaussian(
         tuple(patch_size), sigma_scale=1 / 8, value_scaling_factor=10, device=device
     )
     flat = len(patch_size) == 2
-    for box in windows(
-        shape, patch_size, step=inference.tile_step_size, slices_at_once=slices_at_once
-    ):
-        patch = torch.from_numpy(crop_and_pad_nd(image, [list(each) for each in box], 0))
-        batch = patch.float().to(device).movedim(1, 0) if flat else patch.float().to(device)[None]
-        with autocast(device, precision):
-            logits = _mirrored_mean(network, batch) if inference.mirroring else network(batch)
-        logits = logits.float() * gaussian
-        logits = logits.movedim(0, 1) if flat else logits[0]
-        inside = [
-            slice(max(0, low), min(size, high))
-            for (low, high), size in zip(box, shape, strict=True)
-        ]
-        own = [
-            slice(part.start - low, part.stop - low)
-            for part, (low, _) in zip(inside, box, strict=True)
-        ]
-        total[(slice(None), *inside)] += logits[(slice(None), *own)].cpu()
-        weight[tuple(inside)] += gaussian[tuple(own[1:] if flat else own)].cpu()
-    total /= weight
-    if not torch.isfinite(total.sum(dtype=torch.float32)):
-        raise InputError(
-            "The network's output is not finite; train with a lower learning rate or set "
-            "compute.precision to fp32."
-        )
-    return total
+    boxes = windows(shape, patch_size, step=inference.tile_step_size, slices_at_once=batch_size)
+    layers = [list(layer) for _, layer in itertools.groupby(boxes, key=lambda box: box[0])]
+    lows = [max(0, layer[0][0][0]) for layer in layers]
+    held = min(shape[0], max(high - low for (low, high), *_ in (layer[0] for layer in layers)))
+    total = torch.zeros((class_count, held, *shape[1:]), dtype=torch.float16)
+    weight = torch.zeros((held, *shape[1:]), dtype=torch.float16)
+    # A slice batch is one window already.
+    at_once = 1 if flat else batch_size
+    for layer, first, following in zip(layers, lows, [*lows[1:], shape[0]], strict=True):
+        for start in range(0, len(layer), at_once):
+            group = layer[start : start + at_once]
+            patches = [
+                torch.from_numpy(crop_and_pad_nd(image, [list(each) for each in box], 0)).float()
+                for box in group
+            ]
+            batch = patches[0].movedim(1, 0) if flat else torch.stack(patches)
+            batch = batch.to(device)
+            with autocast(device, precision):
+                logits = _logits_of(network, batch, mirroring=inference.mirroring)
+            logits = logits.float() * gaussian
+            # As windows (K, z, y, x): one of all slices, or one for each patch.
+            for box, part in zip(group, [logits.movedim(0, 1)] if flat else logits, strict=True):
+                inside = [
+                    slice(max(0, low), min(size, high))
+                    for (low, high), size in zip(box, shape, strict=True)
+                ]
+                own = [
+                    slice(place.start - low, place.stop - low)
+                    for place, (low, _) in zip(inside, box, strict=True)
+                ]
+                inside[0] = slice(inside[0].start - first, inside[0].stop - first)
+                total[(slice(None), *inside)] += part[(slice(None), *own)].cpu()
+                weight[tuple(inside)] += gaussian[tuple(own[1:] if flat else own)].cpu()
+        done = following - first
+        mean = total[:, :done] / weight[:done]
+        if not torch.isfinite(mean.sum(dtype=torch.float32)):
+            raise InputError(
+                "The network's output is not finite; train with a lower learning rate or set "
+                "compute.precision to fp32."
+            )
+        yield mean
+        for sums in (total, weight[None]):
+            kept = sums[:, done:].clone()
+            sums.zero_()
+            sums[:, : held - done] = kept
+
+
+def _logits_of(network: nn.Module, batch: torch.Tensor, *, mirroring: bool) -> torch.Tensor:
+    """Return a network's logits of a batch, averaged over mirrored copies where asked for."""
+    count = len(batch)
+    if count == 1 and batch.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        # torch gives a small lone fp32 volume to its slow convolution, five times slower than
+        # oneDNN's, so a second copy pays.
+        batch = batch.expand(2, *batch.shape[1:])
+    return (_mirrored_mean(network, batch) if mirroring else network(batch))[:count]
 
 
 def _mirrored_mean(network: nn.Module, batch: torch.Tensor) -> torch.Tensor:
@@ -169,15 +197,16 @@ def make_mask_set(
     planned: Planned,
     *,
     inputs: list[Path],
-    scores_of,
-    settings,
+    slabs_of: Callable[[str], Iterable[tuple[torch.Tensor, np.ndarray]]],
+    settings: Section,
     **facts: object,
 ) -> None:
     """Write the mask set of one shard, going on after the last finished case.
 
-    scores_of: function of a case's path without suffix that returns `(scores, soft)`: logits or
-    probabilities `(K, Z, Y, X)` and the soft mask `(K-1, Z, Y, X)` uint8. inputs: files whose
-    change makes finished cases worthless. facts: added to the provenance.
+    slabs_of: function of a case's path without suffix that yields slabs `(scores, soft)` from the
+    first slice to the last: logits or probabilities `(K, d, Y, X)` and the soft mask
+    `(K-1, d, Y, X)` uint8. inputs: files whose change makes finished cases worthless. facts: added
+    to the provenance.
     """
     rows = shard_of(
         read_table(arguments.cases).to_dict("records"), arguments.shard, arguments.shards
@@ -200,8 +229,14 @@ def make_mask_set(
         for number, row in enumerate(rows[len(manifest) :], start=len(manifest) + 1):
             began = time.time()
             arrays = arrays_of(arguments.preprocessed / arguments.split, row["case"])
-            scores, soft = scores_of(arrays)
-            labels = labels_on_image_grid(scores, load_pickle(arrays + ".pkl"), planned)
+            shape = blosc2.open(arrays + ".b2nd", mode="r").shape[1:]
+            soft = np.empty((planned.class_count - 1, *shape), dtype=np.uint8)
+            labels = labels_on_image_grid(
+                _kept_soft(slabs_of(arrays), soft),
+                load_pickle(arrays + ".pkl"),
+                planned,
+                depth=shape[0],
+            )
             made = write_mask(
                 row["case"],
                 row["image"].split(";")[0],
@@ -238,6 +273,17 @@ def make_mask_set(
                 left_over.unlink()
 
 
+def _kept_soft(
+    slabs: Iterable[tuple[torch.Tensor, np.ndarray]], soft: np.ndarray
+) -> Iterator[torch.Tensor]:
+    """Yield the scores of slabs while putting their soft masks together in `soft`."""
+    done = 0
+    for scores, part in slabs:
+        soft[:, done : done + part.shape[1]] = part
+        done += part.shape[1]
+        yield scores
+
+
 def _finished_rows(path: Path) -> list[dict]:
     """Return the manifest rows of finished cases; a line cut short by a kill does not count."""
     if not path.is_file():
@@ -257,25 +303,28 @@ def run(arguments: argparse.Namespace) -> None:
     precision = precision_of(stage.compute, device)
     configuration = planned.configuration(arguments.network)
     network = load_deployed(planned, arguments.checkpoint, arguments.network).to(device)
+    if device.type == "cpu":
+        arrange_for_cpu(network)
 
-    def scores_of(arrays: str) -> tuple[torch.Tensor, np.ndarray]:
-        logits = predict_logits(
+    def slabs_of(arrays: str) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+        for logits in logit_slabs(
             network,
-            blosc2.open(arrays + ".b2nd", mode="r", mmap_mode="r", dparams={"nthreads": 1}),
+            # Not mapped into memory: the pages would count as this process's.
+            blosc2.open(arrays + ".b2nd", mode="r", dparams={"nthreads": 1}),
             patch_size=tuple(configuration.patch_size),
             class_count=planned.class_count,
-            slices_at_once=configuration.batch_size,
+            batch_size=configuration.batch_size,
             inference=stage.inference,
             device=device,
             precision=precision,
-        )
-        return logits, soft_mask_of(logits)
+        ):
+            yield logits, soft_mask_of(logits)
 
     make_mask_set(
         arguments,
         planned,
         inputs=[arguments.checkpoint, arguments.settings, arguments.preprocessed / "plans.json"],
-        scores_of=scores_of,
+        slabs_of=slabs_of,
         settings=stage,
         network=arguments.network,
         precision=precision,

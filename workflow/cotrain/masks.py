@@ -4,6 +4,7 @@ A mask set is a folder with, for each case, `<case>.nii.gz` (labels on the image
 affine), `<case>.b2nd` (soft mask) and a row in a shard's manifest.
 """
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import blosc2
@@ -11,11 +12,19 @@ import nibabel
 import numpy as np
 import torch
 
+from cotrain.errors import InputError
 from cotrain.files import sha256_of, write_atomically
 from cotrain.nifti import write_labels
 from cotrain.nnunet import Planned
 
 LOCATIONS_PER_LABEL = 500
+SLICE_BY_SLICE = {
+    "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
+    "is_seg": False,
+    "order": 1,
+    "order_z": 0,
+}
+"""nnU-Net's default resampling of probabilities, which this module repeats slice by slice."""
 MANIFEST_COLUMNS = [
     "case",
     "mask",
@@ -47,15 +56,27 @@ def with_background(soft: np.ndarray) -> np.ndarray:
     return np.concatenate([background, foreground])
 
 
+def labels_of(soft: np.ndarray) -> np.ndarray:
+    """Return the most probable label index `(Z, Y, X)` uint8 of `(C-1, Z, Y, X)` uint8."""
+    labels = np.empty(soft.shape[1:], dtype=np.uint8)
+    for z in range(soft.shape[1]):
+        background = 255 - soft[:, [z]].sum(0, dtype=np.int16)
+        labels[z] = np.concatenate([background, soft[:, z].astype(np.int16)]).argmax(0)
+    return labels
+
+
 def confidence_of(soft: np.ndarray) -> float:
     """Return the mean probability of the predicted label over predicted foreground voxels.
 
     soft: `(C-1, Z, Y, X)` uint8. 0 for an empty mask.
     """
-    highest = soft.max(0)
-    background = 255 - soft.sum(0, dtype=np.int32)
-    foreground = highest > background
-    return float(highest[foreground].mean() / 255) if foreground.any() else 0.0
+    total = count = 0
+    for z in range(soft.shape[1]):
+        highest = soft[:, z].max(0)
+        foreground = highest > 255 - soft[:, z].sum(0, dtype=np.int16)
+        total += int(highest[foreground].sum(dtype=np.int64))
+        count += int(foreground.sum())
+    return total / count / 255 if count else 0.0
 
 
 def foreground_locations(soft: np.ndarray) -> dict[str, list]:
@@ -63,14 +84,19 @@ def foreground_locations(soft: np.ndarray) -> dict[str, list]:
 
     soft: `(C-1, Z, Y, X)` uint8. Chosen at even steps, so that the choice needs no seed.
     """
-    label_index = np.concatenate(
-        [255 - soft.sum(0, keepdims=True, dtype=np.int32), soft.astype(np.int32)]
-    ).argmax(0)
+    labels = labels_of(soft)
     locations = {}
     for label in range(1, soft.shape[0] + 1):
-        voxels = np.argwhere(label_index == label)
-        chosen = np.linspace(0, len(voxels) - 1, min(len(voxels), LOCATIONS_PER_LABEL))
-        locations[str(label)] = voxels[chosen.astype(int)].tolist()
+        in_slices = np.array([np.count_nonzero(plane == label) for plane in labels])
+        before = np.concatenate([[0], np.cumsum(in_slices)])
+        count = int(before[-1])
+        chosen = np.linspace(0, count - 1, min(count, LOCATIONS_PER_LABEL)).astype(int)
+        found = []
+        for z in np.flatnonzero(in_slices):
+            here = chosen[(chosen >= before[z]) & (chosen < before[z + 1])] - before[z]
+            voxels = np.argwhere(labels[z] == label)[here]
+            found += [[int(z), *voxel] for voxel in voxels.tolist()]
+        locations[str(label)] = found
     return locations
 
 
@@ -97,24 +123,74 @@ def open_soft(path: str | Path) -> blosc2.NDArray:
     return blosc2.open(str(path), mode="r", dparams={"nthreads": 1})
 
 
-def labels_on_image_grid(scores: torch.Tensor, properties: dict, planned: Planned) -> np.ndarray:
-    """Return label values `(Z, Y, X)` on the image's own grid, in nnU-Net's axis order.
+def labels_on_image_grid(
+    slabs: Iterable[torch.Tensor], properties: dict, planned: Planned, *, depth: int
+) -> np.ndarray:
+    """Return label values `(Z, Y, X)` uint8 on the image's own grid, in nnU-Net's axis order.
 
-    scores: `(C, Z, Y, X)` logits or probabilities on the preprocessed grid, resampled as nnU-Net
-    does it, then the highest wins. properties: what preprocessing stored with the case.
+    slabs: logits or probabilities `(C, d, Y, X)` of the preprocessed grid from its first slice to
+    its last; `depth`: their slices in all. properties: what preprocessing stored with the case.
+
+    Resampled as nnU-Net's default `resample_data_or_seg_to_shape` does it for probabilities
+    (linear, or along an axis of thick slices nearest), then the highest wins; but slice by slice,
+    because nnU-Net holds all classes of the fine grid in float64. Raises InputError where the plans
+    resample probabilities in another way.
     """
-    from nnunetv2.inference.export_prediction import (
-        convert_predicted_logits_to_segmentation_with_correct_shape,
-    )
+    from nnunetv2.preprocessing.resampling.default_resampling import determine_do_sep_z_and_axis
 
-    return convert_predicted_logits_to_segmentation_with_correct_shape(
-        scores,
-        planned.manager,
-        planned.configuration("3d"),
-        planned.labels,
-        properties,
-        num_threads_torch=torch.get_num_threads(),
+    configuration = planned.configuration("3d")
+    asked_for = {
+        "resampling_fn_probabilities": configuration.configuration["resampling_fn_probabilities"],
+        **configuration.configuration["resampling_fn_probabilities_kwargs"],
+    }
+    if asked_for != {**asked_for, **SLICE_BY_SLICE}:
+        raise InputError(
+            f"The plans resample probabilities with {asked_for}, but only nnU-Net's default "
+            f"({SLICE_BY_SLICE}) can be done slice by slice; take a planner that keeps it."
+        )
+    spacing_mm = [properties["spacing"][axis] for axis in planned.manager.transpose_forward]
+    labels = np.zeros(properties["shape_before_cropping"], dtype=np.uint8)
+    inside = labels[tuple(slice(*pair) for pair in properties["bbox_used_for_cropping"])]
+    separate, axis = determine_do_sep_z_and_axis(
+        asked_for["force_separate_z"], configuration.spacing, spacing_mm
     )
+    planes = (plane for slab in slabs for plane in slab.movedim(1, 0).numpy())
+    resampled_in_plane = (
+        configuration.resampling_fn_probabilities(
+            plane[:, None].astype(np.float64),
+            (1, *inside.shape[1:]),
+            configuration.spacing,
+            spacing_mm,
+        )[:, 0]
+        for plane in planes
+    )
+    resampled = _along_z(
+        resampled_in_plane, depth=depth, wanted=len(inside), nearest=separate and axis == 0
+    )
+    for z, plane in enumerate(resampled):
+        # Rounded to half precision as stock nnU-Net's are, so that ties fall as there.
+        inside[z] = plane.astype(np.float16).argmax(0)
+    return labels.transpose(planned.manager.transpose_backward)
+
+
+def _along_z(
+    planes: Iterator[np.ndarray], *, depth: int, wanted: int, nearest: bool
+) -> Iterator[np.ndarray]:
+    """Yield `wanted` planes at even steps through all `depth` planes, which come in order."""
+    positions = np.clip((np.arange(wanted) + 0.5) * depth / wanted - 0.5, 0, depth - 1)
+    if nearest:
+        positions = np.floor(positions + 0.5)
+    below, index = next(planes), 0
+    above = next(planes, below)
+    for position in positions:
+        while index < int(position):
+            below, above = above, next(planes, above)
+            index += 1
+        share = position - index
+        yield (1 - share) * below + share * above if share else below
+    # The last planes may count for nothing here, but with the planes comes the soft mask.
+    for _ in planes:
+        pass
 
 
 def write_mask(
@@ -135,7 +211,7 @@ def write_mask(
     soft_path, mask_path = out_dir / f"{case}.b2nd", out_dir / f"{case}.nii.gz"
     write_soft(soft, soft_path, patch_size=planned.configuration("3d").patch_size)
     # nnU-Net's arrays are (Z, Y, X), NIfTI's are (X, Y, Z).
-    write_labels(labels.transpose(2, 1, 0).astype(np.uint8), like=image, path=mask_path)
+    write_labels(labels.transpose(2, 1, 0), like=image, path=mask_path)
     voxel_ml = abs(np.linalg.det(nibabel.load(image).affine[:3, :3])) / 1000
     return {
         "case": case,

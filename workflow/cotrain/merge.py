@@ -4,6 +4,7 @@ Probabilities are averaged on the preprocessed grid; the labels come from the av
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,17 +36,19 @@ def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     planned = Planned.read(arguments.preprocessed)
 
-    def scores_of(arrays: str) -> tuple[torch.Tensor, np.ndarray]:
-        case = Path(arrays).name
-        mean = mean_of([open_soft(folder / f"{case}.b2nd")[:] for folder in arguments.masks])
-        return mean, quantised(mean)
+    def slabs_of(arrays: str) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+        masks = [open_soft(folder / f"{Path(arrays).name}.b2nd") for folder in arguments.masks]
+        depth, slab = masks[0].shape[1], masks[0].chunks[1]
+        for z in range(0, depth, slab):
+            mean = mean_of([each[:, z : z + slab] for each in masks])
+            yield mean, quantised(mean)
 
     manifests = [each for folder in arguments.masks for each in sorted(folder.glob("manifest-*"))]
     make_mask_set(
         arguments,
         planned,
         inputs=[*manifests, arguments.preprocessed / "plans.json"],
-        scores_of=scores_of,
+        slabs_of=slabs_of,
         settings=MergeStage(),
         masks=[str(each) for each in arguments.masks],
     )

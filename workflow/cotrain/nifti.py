@@ -60,8 +60,8 @@ def write_labels(array: np.ndarray, *, like: str | Path, path: str | Path) -> No
             f"is {_by(reference.shape)}; resample them to that grid first."
         )
     with np.errstate(invalid="ignore"):
-        values = array.astype(np.uint8)
-    if not np.array_equal(values, array):
+        values = array.astype(np.uint8, copy=False)
+    if values is not array and not np.array_equal(values, array):
         raise InputError(
             f"Labels for {path} hold values that are no whole numbers from 0 to 255 "
             f"(from {array.min():g} to {array.max():g}); renumber or round them."

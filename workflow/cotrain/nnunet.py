@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,9 +65,9 @@ class Planned:
             content[name] = json.loads(path.read_text())
         return cls(**content)
 
-    @property
+    @cached_property
     def manager(self):
-        """nnU-Net's PlansManager."""
+        """nnU-Net's PlansManager; made once, because it copies the plans."""
         from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
         return PlansManager(self.plans)

@@ -21,7 +21,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from cotrain.batches import STREAMS, BatchSource, Case, batches, seed_everything
-from cotrain.device import autocast, device_of, precision_of
+from cotrain.device import arrange_for_cpu, autocast, device_of, precision_of
 from cotrain.errors import InputError
 from cotrain.files import read_table, sha256_of, write_atomically
 from cotrain.losses import DiceAndSoftCrossEntropy
@@ -78,11 +78,16 @@ class Trainer:
 
             load_pretrained_encoder(self.network, encoder_weights)
         self.network.to(self.device)
+        if self.device.type == "cpu":
+            arrange_for_cpu(self.network)
         training = self.stage.training
         learning = [each for each in self.network.parameters() if each.requires_grad]
         if training.optimizer == "adamw":
             self.optimizer = torch.optim.AdamW(
-                learning, lr=training.learning_rate, weight_decay=training.weight_decay
+                learning,
+                lr=training.learning_rate,
+                weight_decay=training.weight_decay,
+                fused=True,
             )
         else:
             self.optimizer = torch.optim.SGD(
