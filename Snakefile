@@ -25,6 +25,7 @@ include: "workflow/rules/common.smk"
 
 wildcard_constraints:
     experiment="|".join(SETTINGS) or "[^/]+",
+    comparison="[^/]+",
     arm="cotrain|labels_only",
     network="2d|3d",
     round=r"\d\d",

@@ -17,6 +17,7 @@ MADE_IN_OUT_DIR = {
     "train": "checkpoint.pth curve.csv provenance.json",
     "infer": "manifest-{shard}.tsv provenance-{shard}.json",
     "merge": "manifest-{shard}.tsv provenance-{shard}.json",
+    "compare": "comparison.txt comparison.tsv comparison.png",
     "summarise": "scores.tsv summary.txt dice_per_round.png training_curves.png",
     "export": f"{MODEL}/plans.json {MODEL}/dataset.json {MODEL}/dataset_fingerprint.json "
     f"{MODEL}/fold_all/checkpoint_final.pth provenance.json",

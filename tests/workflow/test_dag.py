@@ -578,3 +578,19 @@ def test_fifty_rounds_of_ten_thousand_cases_are_planned_in_time(tmp_path: Path):
     seconds, gigabytes = cost_of_dry_run(tmp_path, rounds=50, shards=10)
     assert seconds < 30
     assert gigabytes < 2
+
+
+def test_a_table_of_experiments_runs_them_side_by_side(tmp_path):
+    write_cases(tmp_path)
+    (tmp_path / "sets.tsv").write_text("experiment\tseed\tgroup\none\t1\tfew\ntwo\t2\tfew\n")
+    settings_file(tmp_path, experiments="sets.tsv")
+    made = snakemake(tmp_path, "--cores", "4", "--configfile", "config.yaml")
+    assert made.returncode == 0, made.stderr
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {"one", "two", "tiny"}
+    words = (tmp_path / "results/tiny/comparison/comparison.txt").read_text()
+    assert "--experiments few:results/one few:results/two" in words
+    for name, seed in (("one", 1), ("two", 2)):
+        stage = yaml.safe_load((tmp_path / f"results/{name}/settings/train_3d.yaml").read_text())
+        assert stage["seed"] == seed
+    again = snakemake(tmp_path, "--cores", "4", "--configfile", "config.yaml")
+    assert "Nothing to be done" in again.stderr

@@ -23,6 +23,7 @@ COMMANDS = {
     "overlays": ("cotrain.pictures:overlays", "make a page of pictures of audited masks"),
     "evaluate": ("cotrain.evaluate", "score masks against labels"),
     "summarise": ("cotrain.summary", "write the table and plots of an experiment"),
+    "compare": ("cotrain.compare", "put experiments beside each other, with means and deviations"),
     "montage": ("cotrain.pictures:montage", "show one case through the rounds"),
     "export": ("cotrain.export", "write a model folder for stock nnUNetv2_predict"),
     "status": ("cotrain.status", "print what is done, running and waiting"),

@@ -189,6 +189,13 @@ class Settings(Section):
     """All settings of one experiment."""
 
     experiment: Name = Field(description="Name of the experiment; its results are results/<name>.")
+    experiments: Path | None = Field(
+        None,
+        description="Several experiments in one call: a table (TSV or CSV) with a row for each, "
+        "its name in the column `experiment`. Other columns are settings that differ, such as "
+        "`seed`, `cases` or `cotraining.teacher`; `group` says which are averaged. All other "
+        "settings are those of this file, whose `experiment` names the comparison.",
+    )
     seed: int = Field(0, ge=0, description="Seed of everything random.")
     data_folder: Path | None = Field(
         None, description="Folder that the case table's paths start from; null: the table's own."

@@ -9,17 +9,18 @@ import shlex
 
 from cotrain.cases import SPLITS, read_cases
 from cotrain.errors import InputError
+from cotrain.experiments import experiments_of
 from cotrain.files import read_table
-from cotrain.settings import as_yaml, check
+from cotrain.settings import as_yaml
 from snakemake.exceptions import WorkflowError
 
 
 def checked_settings():
-    """Return {experiment: settings} from the configfile."""
+    """Return {experiment: settings} from the configfile, and {experiment: group}."""
     if not config:
         # `snakemake --lint` needs no settings, and is known by leaving the environment unchecked.
         if not workflow.check_envvars:
-            return {}
+            return {}, {}
         ready = sorted(
             path.name for path in Path(workflow.basedir, "config").glob("*.yaml")
         )
@@ -28,8 +29,7 @@ def checked_settings():
             f"{', '.join(ready)} in {Path(workflow.basedir, 'config')}."
         )
     source = ", ".join(map(os.path.relpath, workflow.configfiles)) or "--config"
-    settings = check(config, source=source)
-    return {settings.experiment: settings}
+    return experiments_of(config, source=source)
 
 
 def checked_cases():
@@ -92,7 +92,7 @@ def checked_reviews():
 
 
 try:
-    SETTINGS = checked_settings()
+    SETTINGS, GROUPS = checked_settings()
     CASES = checked_cases()
     REVIEWS = checked_reviews()
 except InputError as error:
@@ -480,7 +480,19 @@ def everything_asked_for(wildcards):
             *audits_of(experiment, ".html"),
             *pseudo_masks_of(experiment, rounds_of(experiment)),
         ]
+    if GROUPS:
+        files.append(f"results/{config['experiment']}/comparison/comparison.txt")
     return files
+
+
+def compared_scores(wildcards):
+    """Return the tables of scores of all experiments in the table."""
+    return [table for experiment in GROUPS for table in evaluations_of(experiment)]
+
+
+def compared_experiments(wildcards):
+    """Return group:folder of each experiment in the table."""
+    return [f"{group}:results/{name}" for name, group in GROUPS.items()]
 
 
 def last_checkpoint(wildcards):

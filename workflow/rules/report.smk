@@ -138,3 +138,43 @@ rule export:
             --out-dir {params.out_dir:q} \
             >{log:q} 2>&1
         """
+
+
+rule compare:
+    """Put the experiments of a table beside each other, with means over seeds or labelled sets."""
+    input:
+        compared_scores,
+    output:
+        text=report(
+            "results/{comparison}/comparison/comparison.txt",
+            caption="../report/comparison.rst",
+            category="4 Comparison",
+            labels={"experiment": "{comparison}", "file": "comparison"},
+        ),
+        table="results/{comparison}/comparison/comparison.tsv",
+        plot=report(
+            "results/{comparison}/comparison/comparison.png",
+            caption="../report/comparison.rst",
+            category="4 Comparison",
+            labels={"experiment": "{comparison}", "file": "gain of each experiment"},
+        ),
+    log:
+        "logs/{comparison}/comparison/compare.log",
+    benchmark:
+        "benchmarks/{comparison}/comparison/compare.tsv"
+    conda:
+        "../../envs/cotrain.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    params:
+        experiments=compared_experiments,
+        out_dir=subpath(output.text, parent=True),
+    shell:
+        r"""
+        cotrain compare \
+            --experiments {params.experiments:q} \
+            --out-dir {params.out_dir:q} \
+            >{log:q} 2>&1
+        """

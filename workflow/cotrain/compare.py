@@ -1,0 +1,164 @@
+"""Experiments beside each other: in, their evaluations; out, a table with means over experiments.
+
+The intervals of one experiment's summary cover its test cases only. Here the unit is the
+experiment, which may differ in its labelled cases or its seed: mean and sample standard deviation
+over experiments, and the paired 95 % t interval of the gain in test Dice over its control.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from cotrain.errors import InputError
+from cotrain.files import write_atomically, write_table, write_text
+from cotrain.summary import (
+    ARM_WORDS,
+    CO_TRAINED,
+    CONTROL,
+    NETWORK_COLOURS,
+    NETWORK_WORDS,
+    Trained,
+    aligned,
+    paired_gain,
+    read_evaluations,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+METHODS = [(arm, network) for arm in (CO_TRAINED, CONTROL) for network in NETWORK_WORDS]
+
+
+def final_scores(evaluation: Path) -> dict[tuple[str, str], pd.DataFrame]:
+    """Return (arm, network) → scores per case of the last round in a folder of evaluations."""
+    scored = read_evaluations([evaluation])
+    last = max(trained.round for trained in scored)
+    return {
+        (arm, network): scored[Trained(arm, network, last)]
+        for arm, network in METHODS
+        if Trained(arm, network, last) in scored
+    }
+
+
+def table_of(named: dict[str, Path], groups: dict[str, str]) -> pd.DataFrame:
+    """Return one row per experiment: group, and mean test Dice (0..1) of each arm's networks.
+
+    named: experiment → its folder of evaluations. `worst_<arm>_<network>` is the least Dice of a
+    case. Raises InputError where an experiment has no scored test case.
+    """
+    rows = []
+    for name, evaluation in named.items():
+        row: dict[str, object] = {"experiment": name, "group": groups[name]}
+        for (arm, network), cases in final_scores(evaluation).items():
+            if cases.empty:
+                raise InputError(
+                    f"{evaluation} has no scored test case, so that {name} cannot be compared; "
+                    "give test cases a label in its case table."
+                )
+            row[f"{arm}_{network}"] = cases["dice"].mean()
+            row[f"worst_{arm}_{network}"] = cases["dice"].min()
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def text_of(table: pd.DataFrame) -> str:
+    """Return the comparison as text: each experiment, then means over the experiments of a group.
+
+    Differences are paired by experiment.
+    """
+    named = [(f"{arm}_{network}", _words(arm, network)) for arm, network in METHODS]
+    named = [(column, words) for column, words in named if column in table]
+    rows = [["experiment", "group", *(words for _, words in named)]]
+    for row in table.to_dict("records"):
+        cells = [f"{100 * row[column]:.1f}" for column, _ in named]
+        rows.append([row["experiment"], row["group"], *cells])
+    parts = ["Dice of the test cases in %, last round\n\n" + aligned(rows)]
+    means = [["group", "experiments", *(words for _, words in named)]]
+    sentences = []
+    for group, members in table.groupby("group", sort=False):
+        cells = [_mean_and_sd(100 * members[column]) for column, _ in named]
+        means.append([str(group), str(len(members)), *cells])
+        sentences += [
+            _gain_sentence(str(group), members, baseline)
+            for baseline in (f"{CONTROL}_3d", f"{CONTROL}_mean")
+            if f"{CO_TRAINED}_3d" in members and baseline in members
+        ]
+    parts.append("Mean ± standard deviation over experiments\n\n" + aligned(means))
+    parts.append("\n".join(sentences))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def draw(table: pd.DataFrame) -> "Figure":
+    """Return the gain of each experiment's co-trained networks over their controls, by group."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    groups = list(dict.fromkeys(table["group"]))
+    for shift, (network, colour) in zip((-0.2, 0.0, 0.2), NETWORK_COLOURS.items(), strict=True):
+        columns = [f"{CO_TRAINED}_{network}", f"{CONTROL}_{network}"]
+        if not set(columns) <= set(table):
+            continue
+        gains = 100 * (table[columns[0]] - table[columns[1]])
+        places = [groups.index(group) + shift for group in table["group"]]
+        axes.plot(places, gains, "o", color=colour, label=NETWORK_WORDS[network])
+    axes.axhline(0, color="black", linewidth=1)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_ylabel("co-trained - labels only, points of Dice")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def _words(arm: str, network: str) -> str:
+    return f"{ARM_WORDS[arm]} {NETWORK_WORDS[network]}"
+
+
+def _mean_and_sd(values: pd.Series) -> str:
+    deviation = values.std(ddof=1)
+    return f"{values.mean():.1f}" + ("" if math.isnan(deviation) else f" ± {deviation:.1f}")
+
+
+def _gain_sentence(group: str, members: pd.DataFrame, baseline: str) -> str:
+    by_name = members.set_index("experiment")
+    gain = paired_gain(by_name[f"{CO_TRAINED}_3d"], by_name[baseline])
+    over = _words(*baseline.rsplit("_", 1))
+    start = f"{group}: co-trained 3D - {over} = {100 * gain.mean:+.1f} points"
+    if gain.cases == 1:
+        return f"{start}, from one experiment."
+    interval = f"95 % interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f}"
+    meaning = (
+        "a gain" if gain.low > 0 else "a loss" if gain.high < 0 else "not to be told from nothing"
+    )
+    return f"{start} ({interval}, paired over {gain.cases} experiments): {meaning}."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `cotrain compare`."""
+    parser.add_argument(
+        "--experiments",
+        nargs="+",
+        required=True,
+        metavar="GROUP:DIR",
+        help="results folder of each experiment, with the group it is averaged in",
+    )
+    parser.add_argument("--out-dir", type=Path, required=True, help="folder to write into")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write comparison.tsv, comparison.txt and comparison.png, and print the text."""
+    named, groups = {}, {}
+    for word in arguments.experiments:
+        group, _, folder = word.partition(":")
+        named[Path(folder).name] = Path(folder, "evaluation")
+        groups[Path(folder).name] = group
+    table = table_of(named, groups)
+    text = text_of(table)
+    write_table(table.round(6), arguments.out_dir / "comparison.tsv")
+    with write_atomically(arguments.out_dir / "comparison.png") as temporary:
+        draw(table).savefig(temporary, dpi=150)
+    write_text(text, arguments.out_dir / "comparison.txt")
+    print(text, end="")
