@@ -34,7 +34,7 @@ def work_in(folder, done, total, unit, *, name="step", seconds_ago=0):
     """Leave a working folder as a step does that was killed `seconds_ago`."""
     work = WorkFolder(folder / "work", {}, name=name)
     work.__enter__()
-    work.claim()
+    work.claim(done=done - 1)
     work.report(done, total, unit)
     progress = folder / "work" / f"{name}.progress.json"
     sign = json.loads(progress.read_text())
@@ -226,3 +226,25 @@ def test_without_any_experiment_it_says_how_to_start_one(tmp_path, capsys):
 def test_a_wrong_name_is_answered_with_the_known_ones(experiment, capsys):
     assert main(["status", "dmeo", "--results", str(experiment / "results")]) == 2
     assert "no experiment 'dmeo'" in (error := capsys.readouterr().err) and "known: demo" in error
+
+
+def test_what_runs_is_shown_with_its_job_its_allocation_and_its_log(tmp_path, monkeypatch):
+    stage = tmp_path / "results/heart/cotrain/round-00/train_2d"
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("SLURMD_NODENAME", "gpu7")
+    monkeypatch.setattr("cotrain.slurm.own_end", lambda: NOW + 34 * 60)
+    for done in (2, 3):
+        work_in(stage, done, 10, "epochs")
+        (stage / "work/step.lock").rename(stage / "work/kept")
+    (stage / "work/kept").rename(stage / "work/step.lock")
+    text = status_text(
+        tmp_path / "results/heart",
+        benchmarks=tmp_path / "benchmarks/heart",
+        logs=tmp_path / "logs/heart",
+        now=NOW,
+    )
+    assert (
+        "  cotrain/round-00/train_2d: running (epoch 3 of 10, 2 min left)\n"
+        "    SLURM job 4711 on gpu7, allocation 2, 34 min of it left; "
+        f"log: {tmp_path}/logs/heart/cotrain/round-00/train_2d.log\n"
+    ) in text

@@ -119,7 +119,7 @@ def test_a_time_limit_ends_the_process_and_releases_the_lock(tmp_path, holder, n
 def test_work_of_another_identity_is_not_resumable(tmp_path):
     with WorkFolder(tmp_path, {"seed": 1}) as work:
         assert not work.resumable
-        work.claim()
+        work.claim(done=0)
     with WorkFolder(tmp_path, {"seed": 1}) as work:
         assert work.resumable
     with WorkFolder(tmp_path, {"seed": 2}) as work:
@@ -137,6 +137,7 @@ def test_an_error_is_kept_until_the_step_is_tried_again(tmp_path):
 
 def test_progress_says_how_much_is_done_and_left(tmp_path):
     with WorkFolder(tmp_path, {}) as work:
+        work.claim(done=4)
         work._started -= 10
         # Resumed with 4 of 8 done: one epoch in 10 s, three are left.
         assert work.report(5, 8, "epochs", loss=0.5) == pytest.approx(30, abs=1)

@@ -220,11 +220,20 @@ def make_mask_set(
     work = WorkFolder(arguments.out_dir / "work", identity, name=f"shard-{arguments.shard}")
     with work:
         finished = work.folder / f"shard-{arguments.shard}.finished.jsonl"
+        manifest_path = arguments.out_dir / f"manifest-{arguments.shard}.tsv"
+        if work.resumable and manifest_path.is_file():
+            # By another job, for which this one waited: newer files would rerun what follows.
+            print(f"{manifest_path} is finished already; it stays as it is.", flush=True)
+            return
         if not work.resumable:
             finished.unlink(missing_ok=True)
-        work.claim()
+            manifest_path.unlink(missing_ok=True)
         manifest = _finished_rows(finished)
+        work.claim(done=len(manifest))
         if manifest:
+            # Snakemake has removed the log of the process before.
+            for number, made in enumerate(manifest, start=1):
+                print(_line_of(made, done=number, total=len(rows)))
             print(f"Resuming after {len(manifest)} finished cases.", flush=True)
         for number, row in enumerate(rows[len(manifest) :], start=len(manifest) + 1):
             began = time.time()
@@ -249,12 +258,9 @@ def make_mask_set(
             manifest.append(made)
             with open(finished, "a") as opened:
                 opened.write(json.dumps(made) + "\n")
+            print(_line_of(made, done=number, total=len(rows)), end="", flush=True)
             left = work.report(number, len(rows), "cases")
-            print(
-                f"{number}/{len(rows)} {row['case']}  {float(made['volume_ml']):.2f} ml  "
-                f"confidence {made['confidence']}  {made['seconds']} s  {left:.0f} s left",
-                flush=True,
-            )
+            print(f"  {left:.0f} s left", flush=True)
         write_provenance(
             arguments.out_dir / f"provenance-{arguments.shard}.json",
             settings=settings,
@@ -262,15 +268,19 @@ def make_mask_set(
             inputs=inputs,
             **facts,
         )
-        write_table(
-            pd.DataFrame(manifest, columns=MANIFEST_COLUMNS),
-            arguments.out_dir / f"manifest-{arguments.shard}.tsv",
-        )
+        write_table(pd.DataFrame(manifest, columns=MANIFEST_COLUMNS), manifest_path)
         finished.unlink(missing_ok=True)
         for left_over in arguments.out_dir.glob("manifest-*.tsv"):
             # From a run with more shards.
             if int(left_over.stem.removeprefix("manifest-")) >= arguments.shards:
                 left_over.unlink()
+
+
+def _line_of(made: dict, *, done: int, total: int) -> str:
+    return (
+        f"{done}/{total} {made['case']}  {float(made['volume_ml']):.2f} ml  "
+        f"confidence {made['confidence']}  {made['seconds']} s"
+    )
 
 
 def _kept_soft(

@@ -184,6 +184,13 @@ def status_text(folder: Path, *, benchmarks: Path, logs: Path, now: float) -> st
             f"Cases checked: {'no' if cases['unlabelled'] is None else 'yes'}; "
             f"planned: {'yes' if planned else 'no'}."
         )
+    running = [
+        _running_line(stage, folder, state, logs=logs, now=now)
+        for stage, state in states.items()
+        if state.kind in ("running", "interrupted")
+    ]
+    if running:
+        parts.append("running\n" + "\n".join(running))
     failures = [state.detail for state in states.values() if state.kind == "failed"]
     if failures:
         parts.append("failed\n" + "\n".join(f"  {failure}" for failure in failures))
@@ -192,6 +199,31 @@ def status_text(folder: Path, *, benchmarks: Path, logs: Path, now: float) -> st
         parts.append(_time_table(spent))
     parts.append("look next\n" + "\n".join(f"  {line}" for line in _look_next(folder, logs=logs)))
     return "\n\n".join(parts) + "\n"
+
+
+def _running_line(stage: Path, folder: Path, state: State, *, logs: Path, now: float) -> str:
+    """Return where each process of a stage runs, in which of its allocations, and its log."""
+    name = stage.relative_to(folder)
+    lines = [f"  {name}: {state}"]
+    for lock in _whole_files(stage / "work", "*.lock"):
+        try:
+            owner = json.loads(lock.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            # Just made or just removed.
+            continue
+        step = lock.name.removesuffix(".lock")
+        starts = lock.with_name(f"{step}.starts.tsv")
+        where = f"process {owner['pid']} on {owner['node']}"
+        if owner["slurm_job"]:
+            where = f"SLURM job {owner['slurm_job']} on {owner['node']}"
+        if starts.is_file():
+            where += f", allocation {len(read_table(starts))}"
+        if owner["ends"]:
+            left = owner["ends"] - now
+            where += f", {_minutes(left)} of it left" if left > 0 else ", its time limit is over"
+        shard = step.removeprefix("shard") if step.startswith("shard") else ""
+        lines.append(f"    {where}; log: {logs / name}{shard}.log")
+    return "\n".join(lines)
 
 
 def _rows_of(table: Path) -> int | None:

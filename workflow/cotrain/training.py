@@ -314,6 +314,11 @@ def run(arguments: argparse.Namespace) -> None:
         "inputs": {str(path): sha256_of(path) for path in inputs},
     }
     with WorkFolder(arguments.out_dir / "work", identity) as work:
+        checkpoint = arguments.out_dir / "checkpoint.pth"
+        if work.resumable and checkpoint.is_file():
+            # By another job, for which this one waited: a newer file would rerun what follows.
+            print(f"{checkpoint} is finished already; it stays as it is.", flush=True)
+            return
         _train_round(arguments, stage, planned, work, workers=workers, inputs=inputs)
 
 
@@ -346,11 +351,12 @@ def _train_round(
     events = arguments.out_dir / "tensorboard"
     if work.resumable and latest.is_file():
         trainer.load(latest)
-        print(f"Resuming after epoch {trainer.epoch - 1} from {latest}.", flush=True)
+        work.claim(done=trainer.epoch - window.start)
     else:
-        latest.unlink(missing_ok=True)
+        for left_over in (latest, arguments.out_dir / "checkpoint.pth"):
+            left_over.unlink(missing_ok=True)
         shutil.rmtree(events, ignore_errors=True)
-        work.claim()
+        work.claim(done=0)
         if arguments.previous is not None:
             trainer.load(arguments.previous)
         if trainer.epoch != window.start:
@@ -369,6 +375,13 @@ def _train_round(
     )
     from torch.utils.tensorboard import SummaryWriter
 
+    total = window.stop - window.start
+    if work.resumable:
+        # Snakemake has removed the log of the process before.
+        for values in trainer.curve[len(trainer.curve) - (trainer.epoch - window.start) :]:
+            row = dict(zip(CURVE_COLUMNS, values, strict=True))
+            print(_line_of(row, done=row["epoch"] + 1 - window.start, total=total))
+        print(f"Resuming after epoch {trainer.epoch - 1} from {latest}.", flush=True)
     with SummaryWriter(str(events), purge_step=trainer.epoch) as board:
         while trainer.epoch < window.stop:
             row = trainer.train_epoch(
@@ -379,17 +392,12 @@ def _train_round(
                 control=arguments.arm == "labels_only",
             )
             trainer.save(latest)
-            done, total = trainer.epoch - window.start, window.stop - window.start
-            left = work.report(done, total, "epochs", loss=round(row["loss"], 4))
-            print(
-                f"epoch {row['epoch']} ({done}/{total})  loss {row['loss']:.4f}  "
-                f"rate {row['learning_rate']:.2e}  unlabelled share {row['share_realised']:.3f} "
-                f"(wanted {row['share_wanted']:.3f})  {row['seconds']:.1f} s  "
-                f"{_duration(left)} left",
-                flush=True,
-            )
             for name in CURVE_COLUMNS[2:]:
                 board.add_scalar(f"{arguments.network}/{name}", row[name], row["epoch"])
+            done = trainer.epoch - window.start
+            print(_line_of(row, done=done, total=total), end="", flush=True)
+            left = work.report(done, total, "epochs", loss=round(row["loss"], 4))
+            print(f"  {_duration(left)} left", flush=True)
     write_table_of_curve(trainer.curve, arguments.out_dir / "curve.csv")
     write_provenance(
         arguments.out_dir / "provenance.json",
@@ -431,6 +439,14 @@ def write_table_of_curve(curve: list[list[float]], path: Path) -> None:
     frame = pd.DataFrame(curve, columns=list(CURVE_COLUMNS))
     with write_atomically(path) as temporary:
         frame.to_csv(temporary, index=False)
+
+
+def _line_of(row: dict[str, float], *, done: int, total: int) -> str:
+    return (
+        f"epoch {row['epoch']:.0f} ({done:.0f}/{total})  loss {row['loss']:.4f}  "
+        f"rate {row['learning_rate']:.2e}  unlabelled share {row['share_realised']:.3f} "
+        f"(wanted {row['share_wanted']:.3f})  {row['seconds']:.1f} s"
+    )
 
 
 def _duration(seconds: float) -> str:

@@ -11,8 +11,10 @@ import signal
 import socket
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
 
+from cotrain import slurm
 from cotrain.errors import InputError
 from cotrain.files import write_json, write_text
 
@@ -20,10 +22,14 @@ HEARTBEAT_SECONDS = 60
 """Seconds between two signs of life in a lock."""
 HEARTBEAT_LIFETIME = 600
 """Seconds without a sign of life after which a lock of another machine counts as left behind."""
-POLL_SECONDS = 5
-"""Seconds between two looks at a lock that another machine holds."""
+POLL_SECONDS = 15
+"""Seconds between two looks at a lock that another job or machine holds."""
 SETTLING_SECONDS = 1
 """Seconds in which two processes that start at once see each other's lock."""
+SECONDS_TO_LEAVE = 20
+"""Seconds before a time limit in which no epoch or case is begun."""
+TRY_AGAIN_LATER = 75
+"""Exit code of a step that is not finished and not broken (EX_TEMPFAIL of sysexits.h)."""
 
 
 class WorkFolder:
@@ -33,11 +39,15 @@ class WorkFolder:
     identity: everything the result depends on, as JSON; `resumable` is False where the folder
     holds work of another identity, which the caller then throws away.
 
-    SIGTERM and SIGUSR1, which a cluster sends at a time limit, end the process inside the block at
-    once, and release the lock, so that the step can go on in another place without waiting.
+    In a SLURM job that will meet its time limit within the next epoch or case, `report` puts the
+    job back into the queue: it goes on in its next allocation, and none of the retries that are
+    meant for failures is spent.
 
-    Waits on entry while a process on another machine holds the lock; raises InputError where a
-    living process of this machine does.
+    SIGTERM and SIGUSR1, which a cluster may send at a time limit, end the process inside the block
+    at once, and release the lock, so that the step can go on in another place without waiting.
+
+    Waits on entry while another SLURM job or a process on another machine holds the lock; raises
+    InputError where another living process of this machine does.
     """
 
     def __init__(self, folder: str | Path, identity: dict, *, name: str = "step") -> None:
@@ -52,57 +62,91 @@ class WorkFolder:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "born": _born(os.getpid()),
-            "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
+            "slurm_job": slurm.own_job(),
         }
+        self._starts_file = self.folder / f"{name}.starts.tsv"
+        self._ends = slurm.own_end()
         self._started = time.time()
-        self._done_before: int | None = None
+        self._done_before = 0
+        self._last_report = self._started
+        self._longest = 0.0
+        self._leaving = False
         self._ended = threading.Event()
         self._pulse = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> "WorkFolder":
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._acquire()
-        # An epoch or a case may take longer than a lock of another machine is believed.
-        self._pulse.start()
         self._handlers = {
             number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGUSR1)
         }
+        try:
+            self._acquire()
+        except BaseException:
+            self._restore_signals()
+            raise
+        # An epoch or a case may take longer than a lock of another machine is believed.
+        self._pulse.start()
         self._error_file.unlink(missing_ok=True)
         self.resumable = (
             self._identity_file.is_file()
             and json.loads(self._identity_file.read_text()) == self.identity
         )
+        if self._ends is not None:
+            print(
+                f"SLURM job {self._owner['slurm_job']} ends at "
+                f"{datetime.fromtimestamp(self._ends):%Y-%m-%d %H:%M:%S}.",
+                flush=True,
+            )
         return self
 
     def __exit__(self, kind, error, trace) -> None:
         self._ended.set()
         self._pulse.join()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._restore_signals()
         if self._is_ours():
             if isinstance(error, Exception):
                 write_text(f"{type(error).__name__}: {error}\n", self._error_file)
             self._lock.unlink()
+        if self._leaving:
+            # Last, because SLURM ends this process at once, and a lock would be left behind.
+            _requeue()
 
-    def claim(self) -> None:
-        """Say that the work in the folder now belongs to this identity."""
+    def claim(self, *, done: int) -> None:
+        """Say that the work in the folder belongs to this identity, and that so much is done.
+
+        done: finished epochs or cases that this process goes on from. Each process adds a line to
+        `<name>.starts.tsv`: as many lines, as many allocations worked on the step.
+        """
+        if not self.resumable:
+            self._starts_file.unlink(missing_ok=True)
         write_json(self.identity, self._identity_file)
+        is_new = not self._starts_file.exists()
+        with open(self._starts_file, "a") as table:
+            if is_new:
+                table.write("began\thost\tpid\tslurm_job\tdone\n")
+            owner = self._owner
+            began = datetime.fromtimestamp(self._started).isoformat(timespec="seconds")
+            table.write(f"{began}\t{owner['host']}\t{owner['pid']}\t{owner['slurm_job']}\t{done}\n")
+        self._done_before = done
 
     def report(self, done: int, total: int, unit: str, **more: object) -> float:
         """Write progress for `cotrain status` and return seconds left.
 
         done, total: `unit`s (epochs or cases) finished in this step; the pace is this process's.
         Raises InputError where another process has taken the folder over, as it may after this one
-        was suspended for long.
+        was suspended for long, and SystemExit where the next epoch or case would not be finished
+        before the job's time limit.
         """
         if not self._is_ours():
             raise InputError(
                 f"{self.folder} was taken over by {self._living_owner() or 'another process'}, so "
                 "this one stops; wait for the other to end."
             )
-        if self._done_before is None:
-            self._done_before = done - 1
-        pace = (time.time() - self._started) / max(1, done - self._done_before)
+        now = time.time()
+        # The first one also started the process; the second one is a better measure.
+        self._longest = max(self._longest, now - self._last_report)
+        self._last_report = now
+        pace = (now - self._started) / max(1, done - self._done_before)
         left = pace * (total - done)
         write_json(
             {
@@ -110,13 +154,28 @@ class WorkFolder:
                 unit: total,
                 "seconds_left": round(left),
                 **more,
-                "updated": time.time(),
-                "host": self._owner["host"],
-                "slurm_job": self._owner["slurm_job"],
+                "updated": now,
             },
             self.folder / f"{self.name}.progress.json",
         )
+        if done < total and self._time_is_up():
+            self._leaving = True
+            print(
+                f"\nThe time limit of SLURM job {self._owner['slurm_job']} is near: {done} of "
+                f"{total} {unit} are done, the next allocation goes on from there.",
+                flush=True,
+            )
+            raise SystemExit(TRY_AGAIN_LATER)
         return left
+
+    def _time_is_up(self) -> bool:
+        """Return whether the next epoch or case might run into the job's time limit."""
+        needed = 1.5 * self._longest + SECONDS_TO_LEAVE
+        return self._ends is not None and time.time() + needed > self._ends
+
+    def _restore_signals(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def _acquire(self) -> None:
         try:
@@ -124,7 +183,7 @@ class WorkFolder:
             os.close(os.open(self._lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             self._write_lock()
         except FileExistsError:
-            owner = self._wait_for_other_machines()
+            owner = self._wait_for_others()
             if owner is None:
                 self._write_lock()
                 # Of several that find the same lock left behind, the last to write has it.
@@ -136,16 +195,15 @@ class WorkFolder:
                     f"(if it is surely gone, remove {self._lock})."
                 ) from None
 
-    def _wait_for_other_machines(self) -> str | None:
-        """Return the living owner on this machine; wait while another machine holds the lock.
+    def _wait_for_others(self) -> str | None:
+        """Return the living owner that is not worth waiting for; wait for any other.
 
-        A job that was started again on another node than the one it died on cannot ask whether its
-        forerunner still lives, so it waits for the lock to be released or to fall silent.
+        Two processes of one machine are a mistake that somebody sees at once. A SLURM job may find
+        that of a dead controller still at work; and a job that was started again on another node
+        than the one it died on cannot ask whether its forerunner still lives.
         """
         owner, told = self._living_owner(), False
-        while (
-            owner is not None and (self._read_lock() or self._owner)["host"] != self._owner["host"]
-        ):
+        while owner is not None and self._is_elsewhere():
             if not told:
                 print(
                     f"Waiting for {owner} to release {self._lock} or to be silent for "
@@ -153,12 +211,29 @@ class WorkFolder:
                     flush=True,
                 )
                 told = True
+            if self._time_is_up():
+                print("The time limit is near, so that this job goes on waiting in the next one.")
+                _requeue()
+                raise SystemExit(TRY_AGAIN_LATER)
             time.sleep(POLL_SECONDS)
             owner = self._living_owner()
         return owner
 
+    def _is_elsewhere(self) -> bool:
+        """Return whether the lock is held by another machine or another SLURM job."""
+        lock, ours = self._read_lock() or self._owner, self._owner
+        return lock["host"] != ours["host"] or "" != ours["slurm_job"] != lock["slurm_job"] != ""
+
     def _write_lock(self) -> None:
-        write_json({**self._owner, "heartbeat": time.time()}, self._lock)
+        write_json(
+            {
+                **self._owner,
+                "node": slurm.own_node() or self._owner["host"],
+                "ends": self._ends,
+                "heartbeat": time.time(),
+            },
+            self._lock,
+        )
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):
@@ -188,7 +263,9 @@ class WorkFolder:
             # Process numbers are used again, above all in containers, their birth is not.
             if owner["born"] is None or owner["born"] != _born(owner["pid"]):
                 return None
-        elif time.time() - owner["heartbeat"] > HEARTBEAT_LIFETIME:
+        elif time.time() - owner["heartbeat"] > HEARTBEAT_LIFETIME or (
+            owner["slurm_job"] and slurm.is_over(owner["slurm_job"])
+        ):
             return None
         job = f", SLURM job {owner['slurm_job']}" if owner["slurm_job"] else ""
         return f"process {owner['pid']} on {owner['host']}{job}"
@@ -205,3 +282,13 @@ def _born(pid: int) -> str | None:
 
 def _stop(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
+
+
+def _requeue() -> None:
+    refusal = slurm.requeue_own_job()
+    if refusal:
+        print(
+            f"SLURM did not requeue the job ({refusal}), so that going on costs one of Snakemake's "
+            "retries; set `slurm-requeue: true` in the profile or ask for more `runtime`.",
+            flush=True,
+        )
