@@ -1,0 +1,245 @@
+"""A real SLURM of this machine alone: in, a folder; out, a controller and four nodes on loopback.
+
+Needs Debian's slurmctld, slurmd, slurm-client and munge, and root, which starts the nodes. Nothing
+outside the folder is written; every process is ended by its pid.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
+CLIENTS = ("sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo", "sacct", "sacctmgr")
+# Debian puts daemons where only root's PATH leads.
+DAEMON_PATH = f"{os.environ['PATH']}{os.pathsep}/usr/sbin{os.pathsep}/sbin"
+NODES = {"cpu1": 0, "gpu1": 2, "gpu2": 2}
+"""Name → GPUs of each node."""
+# MinJobAge: as on most clusters. cred_expire: a requeued job starts after as many seconds.
+# OverMemoryKill: without cgroups the node's own accounting kills what takes too much memory.
+SLURM_CONF = """\
+ClusterName=cotrain
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={controller_port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.sock,cred_expire=10
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+StateSaveLocation={folder}/state
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdSpoolDir={folder}/spool-%n
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmdLogFile={folder}/slurmd-%n.log
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU_Memory
+JobAcctGatherType=jobacct_gather/linux
+JobAcctGatherFrequency=task=1
+JobAcctGatherParams=OverMemoryKill
+AccountingStorageType={accounting}
+MinJobAge=300
+KillWait=5
+ReturnToService=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SchedulerParameters=batch_sched_delay=0,bf_interval=1,sched_interval=2
+GresTypes=gpu
+{nodes}
+PartitionName=cpu Nodes=cpu1 Default=YES MaxTime=INFINITE PriorityTier=1
+PartitionName=gpu Nodes=gpu1,gpu2 MaxTime=INFINITE PriorityTier=1
+PartitionName=urgent Nodes=cpu1 MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
+"""
+
+
+def missing_programs() -> list[str]:
+    """Return the programs that a cluster needs and that are not installed."""
+    return [name for name in PROGRAMS if shutil.which(name, path=DAEMON_PATH) is None]
+
+
+def wait_until(true: Callable[[], object], *, seconds: float, what: str) -> None:
+    """Wait until `true()` holds; TimeoutError with `what` after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {seconds} s for {what}")
+        time.sleep(0.1)
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports of loopback that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+class Cluster:
+    """A running cluster; use it as a context manager.
+
+    environment: for processes that talk to it: their PATH begins with `bin`, whose wrappers tell
+    each client where this cluster is, because a job step loses SLURM_CONF on its way.
+    """
+
+    def __init__(self, folder: Path, *, accounting_port: int | None = None) -> None:
+        self.folder = folder
+        self._processes: list[subprocess.Popen] = []
+        self._accounting_port = accounting_port
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("SLURM")},
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            # The commands of this Python's environment, and before them the clients.
+            "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
+
+    def __enter__(self) -> "Cluster":
+        self._write_files()
+        try:
+            self._start("munged", "--foreground", "--force", *self._munge_options())
+            wait_until((self.folder / "munge.sock").exists, seconds=20, what="munged")
+            self._start("slurmctld", "-D", "-f", self.folder / "slurm.conf")
+            for node in NODES:
+                self._start("slurmd", "-D", "-N", node, "-f", self.folder / "slurm.conf")
+            wait_until(self._all_idle, seconds=40, what=f"idle nodes, see {self.folder}/*.log")
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        with contextlib.suppress(subprocess.CalledProcessError):
+            self.run("scancel", "--user", "root")
+            wait_until(lambda: not self.run("squeue", "-h"), seconds=30, what="cancelled jobs")
+        self._stop()
+
+    def run(self, *words: object) -> str:
+        """Run a client of this cluster and return what it prints."""
+        done = subprocess.run(
+            [str(word) for word in words],
+            env=self.environment,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        return done.stdout.strip()
+
+    def jobs(self) -> list[dict[str, str]]:
+        """Return the jobs that are not over: id, state, node, comment (their rule), folder."""
+        fields = {"id": "%i", "state": "%T", "node": "%N", "comment": "%k", "folder": "%Z"}
+        text = self.run("squeue", "--noheader", "--format", "|".join(fields.values()))
+        return [
+            dict(zip(fields, line.split("|"), strict=True)) for line in text.splitlines() if line
+        ]
+
+    def history(self) -> list[dict[str, str]]:
+        """Return all jobs of this cluster as `scontrol show job` has them, oldest first."""
+        text = self.run("scontrol", "show", "job", "--oneliner")
+        return [
+            dict(word.split("=", 1) for word in line.split() if "=" in word)
+            for line in text.splitlines()
+            if line.startswith("JobId=")
+        ]
+
+    def job(self, number: str) -> dict[str, str]:
+        """Return one job as `scontrol show job` has it."""
+        return next(job for job in self.history() if job["JobId"] == number)
+
+    def _all_idle(self) -> bool:
+        try:
+            states = self.run("sinfo", "--noheader", "--Node", "--format", "%T").split()
+        except subprocess.CalledProcessError:
+            return False
+        return bool(states) and set(states) == {"idle"}
+
+    def _start(self, *words: object) -> None:
+        program = shutil.which(str(words[0]), path=DAEMON_PATH)
+        log = open(self.folder / "daemons.log", "ab")  # noqa: SIM115
+        self._processes.append(
+            subprocess.Popen(
+                [program, *map(str, words[1:])],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        )
+
+    def _stop(self) -> None:
+        # Nodes before the controller before munged, each by its pid.
+        for process in reversed(self._processes):
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _munge_options(self) -> list[str]:
+        return [
+            f"--socket={self.folder}/munge.sock",
+            f"--key-file={self.folder}/munge.key",
+            f"--pid-file={self.folder}/munged.pid",
+            f"--log-file={self.folder}/munged.log",
+            f"--seed-file={self.folder}/munged.seed",
+        ]
+
+    def _write_files(self) -> None:
+        for name in ("state", "bin", "dev", *(f"spool-{node}" for node in NODES)):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        key = self.folder / "munge.key"
+        key.write_bytes(secrets.token_bytes(64))
+        key.chmod(0o600)
+        controller_port, *node_ports = free_ports(1 + len(NODES))
+        nodes = "\n".join(
+            f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs=8 "
+            f"RealMemory=32000 State=UNKNOWN" + (f" Gres=gpu:fake:{gpus}" if gpus else "")
+            for (node, gpus), port in zip(NODES.items(), node_ports, strict=True)
+        )
+        accounting = "accounting_storage/none"
+        if self._accounting_port:
+            accounting = (
+                "accounting_storage/slurmdbd\nAccountingStorageHost=127.0.0.1\n"
+                f"AccountingStoragePort={self._accounting_port}"
+            )
+        (self.folder / "slurm.conf").write_text(
+            SLURM_CONF.format(
+                folder=self.folder,
+                controller_port=controller_port,
+                nodes=nodes,
+                accounting=accounting,
+            )
+        )
+        # A regular file would leave CUDA_VISIBLE_DEVICES empty.
+        for number in range(2):
+            (self.folder / f"dev/nvidia{number}").symlink_to("/dev/null")
+        (self.folder / "gres.conf").write_text(
+            "AutoDetect=off\n"
+            + "".join(
+                f"NodeName={node} Name=gpu Type=fake File={self.folder}/dev/nvidia[0-{gpus - 1}] "
+                "Flags=nvidia_gpu_env\n"
+                for node, gpus in NODES.items()
+                if gpus
+            )
+        )
+        for name in CLIENTS:
+            program = shutil.which(name)
+            if program is None:
+                continue
+            wrapper = self.folder / "bin" / name
+            wrapper.write_text(
+                f'#!/bin/sh\nexport SLURM_CONF={self.folder}/slurm.conf\nexec {program} "$@"\n'
+            )
+            wrapper.chmod(0o755)

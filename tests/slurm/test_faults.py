@@ -1,0 +1,199 @@
+"""What happens to clusters: each row ends in the bits of a run without it, and loses an epoch."""
+
+import re
+import shutil
+import signal
+
+import pytest
+from cluster import wait_until
+from project import EPOCHS, MASKS, TRAINED, Project
+
+
+def ends_as_undisturbed(project, undisturbed, *, epochs_kept: list[int]) -> None:
+    """Assert that weights and masks are the same, and that finished epochs were not done again.
+
+    epochs_kept: what had been finished at each interruption.
+    """
+    assert project.fingerprint() == undisturbed.fingerprint()
+    assert not list(project.folder.glob("results/**/.writing-*"))
+    first, *resumed = project.starts()
+    assert first == 0
+    assert len(resumed) == len(epochs_kept)
+    assert all(done >= kept for done, kept in zip(resumed, epochs_kept, strict=True))
+    epochs = [int(line.split()[1]) for line in project.log().splitlines() if line[:6] == "epoch "]
+    assert epochs == list(range(EPOCHS))
+
+
+def ends_of(project) -> list[dict[str, str]]:
+    """Return this folder's jobs as SLURM remembers them."""
+    return [job for job in project.cluster.history() if job["WorkDir"] == str(project.folder)]
+
+
+# ------------------------------------------------------------------- what befalls the jobs
+
+
+@pytest.mark.parametrize("number", ["KILL", "USR1"])
+def test_a_job_that_fails_is_tried_again(project, undisturbed, number):
+    controller = project.start(MASKS)
+    project.wait_for_epochs(3)
+    # KILL: without a chance to tidy up. USR1: what clusters send ahead of a time limit.
+    project.cluster.run("scancel", f"--signal={number}", f"{project.job()['id']}.0")
+    assert controller.wait(300) == 0, project.said()[-3000:]
+    assert len(ends_of(project)) == 3
+    assert "Trying to restart job" in project.said()
+    ends_as_undisturbed(project, undisturbed, epochs_kept=[3])
+
+
+def test_a_cancelled_job_is_tried_again(project, undisturbed):
+    controller = project.start(MASKS)
+    project.wait_for_epochs(3)
+    project.cluster.run("scancel", project.job()["id"])
+    assert controller.wait(300) == 0, project.said()[-3000:]
+    assert [job["JobState"] for job in ends_of(project)] == ["CANCELLED", "COMPLETED", "COMPLETED"]
+    ends_as_undisturbed(project, undisturbed, epochs_kept=[3])
+
+
+def test_a_requeued_job_goes_on(project, undisturbed):
+    controller = project.start(MASKS)
+    project.wait_for_epochs(3)
+    project.cluster.run("scontrol", "requeue", project.job()["id"])
+    assert controller.wait(300) == 0, project.said()[-3000:]
+    train, _ = ends_of(project)
+    assert train["Restarts"] == "1"
+    assert "Trying to restart job" not in project.said()
+    ends_as_undisturbed(project, undisturbed, epochs_kept=[3])
+
+
+def test_a_preempted_job_goes_on(project, undisturbed):
+    controller = project.start(MASKS)
+    project.wait_for_epochs(3)
+    urgent = project.cluster.run(
+        *("sbatch", "--parsable", "--partition=urgent", "--cpus-per-task=8", "--mem=1000"),
+        *("--output=/dev/null", "--wrap", "sleep 15"),
+    )
+    wait_until(lambda: project.job()["state"] == "PENDING", seconds=60, what="a preempted job")
+    assert controller.wait(300) == 0, project.said()[-3000:]
+    train, _ = ends_of(project)
+    assert train["Restarts"] == "1"
+    assert project.cluster.job(urgent)["JobState"] == "COMPLETED"
+    ends_as_undisturbed(project, undisturbed, epochs_kept=[3])
+
+
+def test_a_job_goes_on_after_its_node_was_down(project, undisturbed):
+    controller = project.start(MASKS)
+    project.wait_for_epochs(3)
+    node = project.job()["node"]
+    project.cluster.run("scontrol", "update", f"node={node}", "state=down", "reason=test")
+    wait_until(lambda: project.job()["state"] == "PENDING", seconds=60, what="a requeued job")
+    project.cluster.run("scontrol", "update", f"node={node}", "state=resume")
+    assert controller.wait(300) == 0, project.said()[-3000:]
+    train, _ = ends_of(project)
+    assert train["Restarts"] == "1"
+    ends_as_undisturbed(project, undisturbed, epochs_kept=[3])
+
+
+def test_a_job_that_takes_too_much_memory_gets_more(project, undisturbed):
+    project.run(MASKS, options=("--set-resources", "train:mem_mb=400*attempt**2"))
+    states = [(job["JobState"], job["MinMemoryNode"]) for job in ends_of(project)]
+    assert states[0][0] != "COMPLETED"
+    assert states[0][1] == "400M"
+    assert states[-2][0] == "COMPLETED"
+    assert states[-2][1] in ("1600M", "3600M")
+    assert project.fingerprint() == undisturbed.fingerprint()
+
+
+# ------------------------------------------------------------- what befalls the controller
+
+
+def test_sigint_cancels_the_jobs_and_the_same_command_goes_on(project, undisturbed):
+    controller = project.start(MASKS)
+    project.wait_for_epochs(3)
+    project.kill(controller, signal.SIGINT)
+    wait_until(lambda: not project.jobs(), seconds=60, what="cancelled jobs")
+    project.run(MASKS)
+    ends_as_undisturbed(project, undisturbed, epochs_kept=[3])
+
+
+def test_sigterm_waits_for_the_jobs(project, undisturbed):
+    controller = project.start(MASKS)
+    project.wait_for_epochs(3)
+    project.kill(controller, signal.SIGTERM, seconds=300)
+    assert (project.folder / TRAINED).is_file()
+    assert not (project.folder / MASKS).exists()
+    project.run(MASKS)
+    ends_as_undisturbed(project, undisturbed, epochs_kept=[])
+
+
+def test_the_command_typed_again_after_sigkill_waits_for_the_old_job(project, undisturbed):
+    controller = project.start(MASKS)
+    project.wait_for_epochs(2)
+    old = project.job()["id"]
+    project.kill(controller, signal.SIGKILL)
+    project.run(MASKS)
+    log = project.log()
+    assert re.search(rf"Waiting for process \d+ on \S+, SLURM job {old} to release", log)
+    assert "is finished already" in log
+    assert {job["JobState"] for job in ends_of(project)} == {"COMPLETED"}
+    ends_as_undisturbed(project, undisturbed, epochs_kept=[])
+
+
+# --------------------------------------------------------------------------- time limits
+
+
+@pytest.fixture
+def long_training(planned_project, cluster, tmp_path):
+    """Return a way to make a project train for long, and a project that does so undisturbed."""
+    folder = tmp_path / "undisturbed"
+    shutil.copytree(planned_project, folder)
+    undisturbed = Project(folder, cluster)
+    controllers = []
+
+    def lengthen(project: Project, **training: int) -> Project:
+        for each in (project, undisturbed):
+            each.change(training_2d=training)
+        # Beside the other one, to save time.
+        controllers.append(undisturbed.start(TRAINED))
+        return undisturbed
+
+    yield lengthen
+    for controller in controllers:
+        assert controller.wait(300) == 0, undisturbed.said()[-3000:]
+
+
+def test_a_training_of_five_allocations_costs_no_retry(project, long_training):
+    undisturbed = long_training(project, iterations_per_epoch=75, warmup_epochs=24)
+    project.run(TRAINED, options=("--set-resources", "train:runtime=1"))
+    (train,) = ends_of(project)
+    assert int(train["Restarts"]) >= 4
+    assert "Trying to restart job" not in project.said()
+    first, *resumed = project.starts()
+    assert (first, len(resumed)) == (0, int(train["Restarts"]))
+    # Every allocation trained, and none trained an epoch that another had finished.
+    assert sorted(set(resumed)) == resumed
+    assert undisturbed.starts() == [0]
+    assert project.fingerprint() == undisturbed.fingerprint()
+
+
+def test_a_time_limit_that_nobody_foresaw_is_survived_twice(project, long_training):
+    undisturbed = long_training(project, iterations_per_epoch=75, warmup_epochs=24)
+    controller = project.start(TRAINED)
+    kept = []
+    for _ in range(2):
+        done = kept[-1] if kept else 0
+        project.wait_for_epochs(done + 2)
+        job = project.job()["id"]
+        # The step asked for its end when it began, and was told another.
+        project.cluster.run("scontrol", "update", f"jobid={job}", "timelimit=1")
+        wait_until(
+            lambda job=job: project.cluster.job(job)["JobState"] == "TIMEOUT",
+            seconds=180,
+            what="a time limit",
+        )
+        kept.append(project.epochs_done())
+    assert controller.wait(400) == 0, project.said()[-3000:]
+    assert [job["JobState"] for job in ends_of(project)] == ["TIMEOUT", "TIMEOUT", "COMPLETED"]
+    first, *resumed = project.starts()
+    assert first == 0
+    assert all(done >= seen for done, seen in zip(resumed, kept, strict=True))
+    assert undisturbed.starts() == [0]
+    assert project.fingerprint() == undisturbed.fingerprint()
