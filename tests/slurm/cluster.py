@@ -178,6 +178,13 @@ class Cluster:
         )
 
     def _stop(self) -> None:
+        # Without cgroups a node does not find the processes of a job whose parents have gone.
+        for environment in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if f"SLURM_CONF={self.folder}/".encode() in environment.read_bytes():
+                    process = int(environment.parent.name)
+                    if process not in {os.getpid(), *(each.pid for each in self._processes)}:
+                        os.kill(process, signal.SIGKILL)
         # Nodes before the controller before munged, each by its pid.
         for process in reversed(self._processes):
             process.send_signal(signal.SIGTERM)
