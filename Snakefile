@@ -52,3 +52,11 @@ include: "workflow/rules/pseudo.smk"
 include: "workflow/rules/audit.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
+
+
+onsuccess:
+    for experiment in SETTINGS:
+        print(f"Result: results/{experiment}/summary/summary.txt", file=sys.stderr)
+    if GROUPS:
+        comparison = f"results/{config['experiment']}/comparison/comparison.txt"
+        print(f"All of them: {comparison}", file=sys.stderr)

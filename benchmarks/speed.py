@@ -361,7 +361,7 @@ def has_fast_bf16() -> bool:
     from cotrain.device import device_of, precision_of
 
     compute = Compute(device="cpu")
-    return precision_of(compute, device_of(compute)) == "bf16"
+    return precision_of(compute, device_of(compute), training=True) == "bf16"
 
 
 def measure_inference(prepared: Prepared, *, repetitions: int) -> list[dict]:

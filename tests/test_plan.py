@@ -124,6 +124,7 @@ def test_the_exported_model_names_no_place_of_this_machine_and_no_class_of_ours(
     words = infer_words(tiny, "3d", trained_3d.checkpoint, tmp_path / "settings")
     cotrain(
         *("export", "--checkpoint", trained_3d.checkpoint, "--out-dir", tmp_path / "model"),
+        *("--trained", trained_3d.folder / "provenance.json"),
         *("--preprocessed", tiny.preprocessed),
         *("--settings", words[words.index("--settings") + 1]),
     )

@@ -341,8 +341,8 @@ def two_volumes(tmp_path):
 
 def test_the_montage_draws_a_row_for_each_mask(two_volumes, capsys):
     folder, paths = two_volumes
-    words = ["montage", "--image", paths["image"], "--truth", paths["mask"], "--out",
-             str(folder / "montage.png"), "--masks"]  # fmt: skip
+    words = ["montage", "--image", paths["image"], "--truth", paths["mask"], "--title", "case_7"]
+    words += ["--labels", "a=1", "b=2", "--out", str(folder / "montage.png"), "--masks"]
     assert main([*words, f"2D round 0={paths['empty']}", f"3D round 0={paths['mask']}"]) == 0
     assert (folder / "montage.png").read_bytes().startswith(b"\x89PNG")
     assert main([*words, f"2D round 0={paths['elsewhere']}"]) == 2
@@ -396,8 +396,10 @@ def test_the_overlay_page_begins_with_the_least_confident_mask(two_volumes):
     )  # fmt: skip
     out = folder / "round-01/audit/train_3d.html"
     words = ["overlays", "--audit", audit, "--cases", cases, "--out", str(out)]
+    words += ["--labels", "left=1", "right=2"]
     assert main([*words, "--max-cases", "2"]) == 0
     page = Page(out.read_text())
+    assert '<b style="color: #32d74b">right</b>' in out.read_text()
     _, first, second, third = page.rows
     assert [row[1] for row in (first, second, third)] == ["empty", "unsure", "sure"]
     assert page.pictures == [0, 1, 1, 0]
@@ -413,5 +415,6 @@ def test_a_round_in_which_no_mask_taught_has_a_page_that_says_so(tmp_path):
     audit = write_table(tmp_path / "round-00/audit/train_2d.tsv", AUDIT_COLUMNS, [])
     cases = write_table(tmp_path / "unlabelled.tsv", ("case", "image", "label"), [])
     out = tmp_path / "page.html"
-    assert main(["overlays", "--audit", audit, "--cases", cases, "--out", str(out)]) == 0
+    words = ["overlays", "--audit", audit, "--cases", cases, "--labels", "a=1", "--out", str(out)]
+    assert main(words) == 0
     assert "No mask taught this network in this round." in out.read_text()

@@ -144,6 +144,7 @@ def test_stock_nnunet_predicts_the_same_masks_without_this_package(
     cotrain(*words)
     cotrain(
         *("export", "--checkpoint", two_rounds[1].checkpoint, "--out-dir", tmp_path / "model"),
+        *("--trained", two_rounds[1].folder / "provenance.json"),
         *("--preprocessed", experiment.preprocessed),
         *("--settings", words[words.index("--settings") + 1]),
     )

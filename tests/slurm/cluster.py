@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
+ACCOUNTING_PROGRAMS = ("slurmdbd", "mariadbd", "mariadb-install-db", "mariadb")
 CLIENTS = ("sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo", "sacct", "sacctmgr")
 # Debian puts daemons where only root's PATH leads.
 DAEMON_PATH = f"{os.environ['PATH']}{os.pathsep}/usr/sbin{os.pathsep}/sbin"
@@ -63,9 +64,28 @@ PartitionName=urgent Nodes=cpu1 MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 """
 
 
-def missing_programs() -> list[str]:
+SLURMDBD_CONF = """\
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.sock
+DbdHost=localhost
+DbdAddr=127.0.0.1
+DbdPort={accounting_port}
+SlurmUser=root
+LogFile={folder}/slurmdbd.log
+PidFile={folder}/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort={database_port}
+StorageUser=slurm
+StoragePass=slurm
+StorageLoc=slurm
+"""
+
+
+def missing_programs(*, accounting: bool = False) -> list[str]:
     """Return the programs that a cluster needs and that are not installed."""
-    return [name for name in PROGRAMS if shutil.which(name, path=DAEMON_PATH) is None]
+    needed = PROGRAMS + (ACCOUNTING_PROGRAMS if accounting else ())
+    return [name for name in needed if shutil.which(name, path=DAEMON_PATH) is None]
 
 
 def wait_until(true: Callable[[], object], *, seconds: float, what: str) -> None:
@@ -86,6 +106,11 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
+def _listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
 class Cluster:
     """A running cluster; use it as a context manager.
 
@@ -93,10 +118,10 @@ class Cluster:
     each client where this cluster is, because a job step loses SLURM_CONF on its way.
     """
 
-    def __init__(self, folder: Path, *, accounting_port: int | None = None) -> None:
+    def __init__(self, folder: Path, *, accounting: bool = False) -> None:
         self.folder = folder
         self._processes: list[subprocess.Popen] = []
-        self._accounting_port = accounting_port
+        self._accounting = accounting
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("SLURM")},
             "SLURM_CONF": str(folder / "slurm.conf"),
@@ -109,6 +134,8 @@ class Cluster:
         try:
             self._start("munged", "--foreground", "--force", *self._munge_options())
             wait_until((self.folder / "munge.sock").exists, seconds=20, what="munged")
+            if self._accounting:
+                self._start_accounting()
             self._start("slurmctld", "-D", "-f", self.folder / "slurm.conf")
             for node in NODES:
                 self._start("slurmd", "-D", "-N", node, "-f", self.folder / "slurm.conf")
@@ -177,6 +204,30 @@ class Cluster:
             )
         )
 
+    def _start_accounting(self) -> None:
+        accounting_port, database_port = self._ports
+        data = self.folder / "database"
+        subprocess.run(
+            ["mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={data}"],
+            check=True,
+            capture_output=True,
+        )
+        self._start(
+            *("mariadbd", "--no-defaults", "--user=root", f"--datadir={data}"),
+            *(f"--socket={self.folder}/database.sock", "--bind-address=127.0.0.1"),
+            *(f"--port={database_port}", f"--pid-file={self.folder}/database.pid"),
+        )
+        wait_until((self.folder / "database.sock").exists, seconds=60, what="the database")
+        subprocess.run(
+            ["mariadb", "--no-defaults", f"--socket={self.folder}/database.sock"],
+            input="CREATE DATABASE slurm; CREATE USER 'slurm'@'127.0.0.1' IDENTIFIED BY 'slurm';"
+            "GRANT ALL ON slurm.* TO 'slurm'@'127.0.0.1';",
+            text=True,
+            check=True,
+        )
+        self._start("slurmdbd", "-D")
+        wait_until(lambda: _listens(accounting_port), seconds=60, what="slurmdbd")
+
     def _stop(self) -> None:
         # Without cgroups a node does not find the processes of a job whose parents have gone.
         for environment in Path("/proc").glob("[0-9]*/environ"):
@@ -209,18 +260,30 @@ class Cluster:
         key = self.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(64))
         key.chmod(0o600)
-        controller_port, *node_ports = free_ports(1 + len(NODES))
+        controller_port, accounting_port, database_port, *node_ports = free_ports(3 + len(NODES))
         nodes = "\n".join(
             f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs=8 "
             f"RealMemory=32000 State=UNKNOWN" + (f" Gres=gpu:fake:{gpus}" if gpus else "")
             for (node, gpus), port in zip(NODES.items(), node_ports, strict=True)
         )
         accounting = "accounting_storage/none"
-        if self._accounting_port:
+        if self._accounting:
             accounting = (
                 "accounting_storage/slurmdbd\nAccountingStorageHost=127.0.0.1\n"
-                f"AccountingStoragePort={self._accounting_port}"
+                f"AccountingStoragePort={accounting_port}\n"
+                # To the daemon of accounting, this is where munge is.
+                f"AccountingStoragePass={self.folder}/munge.sock"
             )
+            self._ports = accounting_port, database_port
+            dbd = self.folder / "slurmdbd.conf"
+            dbd.write_text(
+                SLURMDBD_CONF.format(
+                    folder=self.folder,
+                    accounting_port=accounting_port,
+                    database_port=database_port,
+                )
+            )
+            dbd.chmod(0o600)
         (self.folder / "slurm.conf").write_text(
             SLURM_CONF.format(
                 folder=self.folder,

@@ -54,7 +54,8 @@ def planned_project(tiny, tmp_path_factory) -> Path:
         "network_2d": {"weights": "random", "patch_size": [32, 32], "batch_size": 4},
         "network_3d": {"features_per_stage": [4, 8]},
         "training_2d": {"iterations_per_epoch": 6, "warmup_epochs": EPOCHS},
-        "inference": {"mirroring": True},
+        # A case lasts, so that a job can be cancelled between two.
+        "inference": {"mirroring": True, "tile_step_size": 0.2},
         "compute": {"device": "cpu"},
     }
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))

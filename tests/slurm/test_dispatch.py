@@ -1,9 +1,85 @@
 """Jobs of a real SLURM: what they ask for, and that they make what a local run makes."""
 
-from project import EPOCHS
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, missing_programs
+from project import EPOCHS, RESULTS, TRAINED, Project
 
 
 def test_a_run_without_faults(undisturbed):
     assert undisturbed.starts() == [0]
     assert undisturbed.epochs_done() == EPOCHS
     assert len(undisturbed.fingerprint()) == 1 + 4
+
+
+@pytest.mark.parametrize(
+    "site", [(), ("train:gpu=0", "train:gres=gpu:fake:1")], ids=["--gpus", "--gres"]
+)
+def test_training_gets_a_gpu_and_preprocessing_none(project, site):
+    project.change(compute={"device": "auto"})
+    (project.folder / RESULTS / "preprocessed/labelled/manifest-0.tsv").unlink()
+    partition = ("--set-resources", "train:slurm_partition=gpu", *site)
+    controller = project.start(TRAINED, options=partition)
+    project.wait_for_epochs(1)
+    job = project.job()["id"]
+    lock = json.loads((project.folder / TRAINED.parent / "work/step.lock").read_text())
+    environment = Path(f"/proc/{lock['pid']}/environ").read_text().split("\0")
+    assert controller.wait(200) == 0, project.said()[-3000:]
+    train = project.cluster.job(job)
+    assert train["Partition"] == "gpu"
+    assert lock["node"] == train["NodeList"] in ("gpu1", "gpu2")
+    assert lock["slurm_job"] == job
+    # The step sees the one device that the job was given.
+    assert "CUDA_VISIBLE_DEVICES=0" in environment
+    (preprocess,) = [
+        each
+        for each in project.cluster.history()
+        if each["WorkDir"] == str(project.folder) and each["JobId"] != job
+    ]
+    assert not any(key.startswith("TresPer") for key in preprocess)
+    assert preprocess["NodeList"] == "cpu1"
+
+
+def test_the_literal_command_runs_everything(planned_project, cluster, tmp_path):
+    folder = tmp_path / "project"
+    shutil.copytree(planned_project, folder, ignore=shutil.ignore_patterns("results", "logs"))
+    project = Project(folder, cluster)
+    project.change(
+        rounds=1,
+        training_2d={"iterations_per_epoch": 2, "warmup_epochs": 2, "epochs_per_round": 1},
+        training_3d={"iterations_per_epoch": 2, "warmup_epochs": 2, "epochs_per_round": 1},
+        inference={},
+        shards=2,
+    )
+    project.run()
+    assert list((folder / RESULTS / "model").glob("**/checkpoint_final.pth"))
+    jobs = [job for job in cluster.history() if job["WorkDir"] == str(folder)]
+    assert {job["JobState"] for job in jobs} == {"COMPLETED"}
+    assert sum("rule_infer_pseudo_masks" in job["Comment"] for job in jobs) == 2 * 2
+    # What SLURM said is kept for failed jobs only.
+    assert not list(folder.glob(".snakemake/slurm_logs/**/*.log"))
+
+
+def test_a_cluster_with_accounting(planned_project, undisturbed, tmp_path):
+    missing = missing_programs(accounting=True)
+    if missing:
+        pytest.skip(f"no {', '.join(missing)}; on Debian: apt-get install slurmdbd mariadb-server")
+    project_folder = tmp_path / "project"
+    shutil.copytree(planned_project, project_folder)
+    folder = Path(tempfile.mkdtemp(prefix="cotrain-slurm-"))
+    try:
+        with Cluster(folder, accounting=True) as accounting:
+            project = Project(project_folder, accounting)
+            controller = project.start(TRAINED)
+            project.wait_for_epochs(3)
+            accounting.run("scancel", project.job()["id"])
+            assert controller.wait(300) == 0, project.said()[-3000:]
+            states = accounting.run("sacct", "--allusers", "-X", "-n", "-P", "--format=State")
+            assert [state.split()[0] for state in states.splitlines()] == ["CANCELLED", "COMPLETED"]
+            assert project.fingerprint().items() <= undisturbed.fingerprint().items()
+    finally:
+        shutil.rmtree(folder)

@@ -74,7 +74,7 @@ def test_every_path_is_quoted(name: str):
 @pytest.mark.parametrize("name", rules())
 def test_every_path_starts_with_its_experiment(name: str):
     for path in re.findall(r'"((?:results|logs|benchmarks)/[^"]*)"', rules()[name]):
-        assert path.split("/")[1] == "{experiment}"
+        assert path.split("/")[1] in ("{experiment}", "{comparison}")
 
 
 def test_the_pins_of_conda_and_pip_are_equal():

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+import signal
 import sys
 
 from cotrain.errors import InputError
@@ -54,6 +55,9 @@ def main(words: list[str] | None = None) -> int:
     except InputError as error:
         print(f"cotrain {called}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"cotrain {called} was interrupted; give the same command to go on.", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 

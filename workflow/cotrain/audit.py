@@ -30,12 +30,12 @@ COLUMNS = [
     "volume_ml",
     "truth_dice",
 ]
-REVIEW_COLUMNS = ["case", "round", "masks", "verdict", "mask", "by", "date"]
+REVIEW_COLUMNS = ["case", "round", "masks", "verdict", "mask"]
 VERDICTS = ("accept", "exclude", "replace")
 
 
 def read_review(path: Path | None, cases: set[str]) -> pd.DataFrame:
-    """Return a person's verdicts with columns REVIEW_COLUMNS; none where `path` is None.
+    """Return a person's verdicts with columns REVIEW_COLUMNS and others; none where `path` is None.
 
     Raises InputError on a missing column, an unknown verdict or case, or a replacement without an
     existing mask file.
@@ -166,8 +166,11 @@ def audit_row(
     mask = check_unedited(masks, made)
     accepted, reason = True, ""
     if verdict is not None:
-        by = f"{verdict['verdict']} by {verdict['by']} {verdict['date']}".strip()
-        accepted, reason = verdict["verdict"] != "exclude", by
+        accepted, reason = verdict["verdict"] != "exclude", verdict["verdict"]
+        if verdict.get("by"):
+            reason += f" by {verdict['by']}"
+        if verdict.get("date"):
+            reason += f" {verdict['date']}"
         if verdict["verdict"] == "replace":
             mask = Path(verdict["mask"])
             volume_ml = volume_of_replacement(mask, row["image"].split(";")[0], labels)

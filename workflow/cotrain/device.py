@@ -23,18 +23,20 @@ def device_of(compute: Compute) -> torch.device:
     return torch.device("cpu")
 
 
-def precision_of(compute: Compute, device: torch.device) -> str:
+def precision_of(compute: Compute, device: torch.device, *, training: bool) -> str:
     """Return fp32, bf16 or fp16 for a device.
 
-    auto is fp16 on a GPU, as nnU-Net trains; bf16 on a CPU with bf16 instructions (AVX-512 BF16 or
-    AMX), where it is about twice as fast; else fp32, because emulated bf16 is slower.
+    auto is fp16 on a GPU, as nnU-Net trains and infers. On a CPU, training takes bf16 where there
+    are instructions for it (AVX-512 BF16 or AMX), which is about twice as fast, else fp32, because
+    emulated bf16 is slower; inference takes fp32 as stock nnU-Net does, so that the exported model
+    makes the same masks there.
     """
     if compute.precision != "auto":
         return compute.precision
     if device.type == "cuda":
         return "fp16"
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if fast else "fp32"
+    return "bf16" if training and fast else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

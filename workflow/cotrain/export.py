@@ -19,6 +19,7 @@ TRAINER = "nnUNetTrainer"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `cotrain export`."""
     parser.add_argument("--checkpoint", type=Path, required=True, help="3D training checkpoint")
+    parser.add_argument("--trained", type=Path, required=True, help="provenance of the checkpoint")
     parser.add_argument("--preprocessed", type=Path, required=True, help="folder of the plans")
     parser.add_argument("--settings", type=Path, required=True, help="settings of inference")
     parser.add_argument(
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run `cotrain export`."""
     stage = load(arguments.settings, model=InferStage)
+    trained = json.loads(arguments.trained.read_text())
     planned = Planned.read(arguments.preprocessed)
     configuration = CONFIGURATIONS["3d"]
     plans = {
@@ -64,8 +66,10 @@ def run(arguments: argparse.Namespace) -> None:
     write_provenance(
         arguments.out_dir / "provenance.json",
         settings=stage,
-        seed=None,
+        seed=trained["seed"],
         inputs=[arguments.checkpoint, arguments.preprocessed / "plans.json"],
+        # This folder is sent around, the one of the checkpoint is not.
+        training=trained,
     )
     with write_atomically(folder / "fold_all" / "checkpoint_final.pth") as temporary:
         torch.save(checkpoint, temporary)
@@ -74,5 +78,6 @@ def run(arguments: argparse.Namespace) -> None:
         f"Model written. Predict images named CASE_0000.nii.gz (channels {channels}) with\n"
         f"  nnUNet_results={arguments.out_dir} nnUNetv2_predict -i IMAGES -o MASKS "
         f"-d {plans['dataset_name']} -c {configuration} -f all "
-        f"-step_size {stage.inference.tile_step_size}"
+        f"-step_size {stage.inference.tile_step_size}\n"
+        "and with -device cpu where there is no GPU."
     )

@@ -310,7 +310,7 @@ def run(arguments: argparse.Namespace) -> None:
     stage = load(arguments.settings, model=InferStage)
     planned = Planned.read(arguments.preprocessed)
     device = device_of(stage.compute)
-    precision = precision_of(stage.compute, device)
+    precision = precision_of(stage.compute, device, training=False)
     configuration = planned.configuration(arguments.network)
     network = load_deployed(planned, arguments.checkpoint, arguments.network).to(device)
     if device.type == "cpu":

@@ -137,6 +137,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the table, read it back with every check, and print the number of cases by split."""
+    if arguments.out.exists():
+        raise InputError(
+            f"{arguments.out} exists, and may hold what you wrote into it; remove it or give "
+            "another --out."
+        )
+    if arguments.out.suffix not in (".tsv", ".csv"):
+        raise InputError(f"{arguments.out} is not named .tsv or .csv; give such a name.")
     test_names = []
     if arguments.test_list is not None:
         if not arguments.test_list.is_file():

@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from cotrain.errors import InputError
+from cotrain.evaluate import parse_labels
 from cotrain.files import read_table, write_atomically, write_text
 from cotrain.nifti import check_image, check_same_grid, read_labels, spacing_mm
 
@@ -109,14 +110,26 @@ def best_slice(mask: np.ndarray, *, axis: int) -> int:
     return int(foreground.argmax()) if foreground.any() else mask.shape[axis] // 2
 
 
+def colour_of(value: int) -> str:
+    """Return the colour in which a label of this value is drawn."""
+    return LABEL_COLOURS[(value - 1) % len(LABEL_COLOURS)]
+
+
 def montage(
-    image: Volume, masks: Mapping[str, np.ndarray], *, truth: np.ndarray | None = None
+    image: Volume,
+    masks: Mapping[str, np.ndarray],
+    *,
+    labels: Mapping[str, int],
+    title: str,
+    truth: np.ndarray | None = None,
 ) -> "Figure":
     """Return one case's masks, a row each with its name, on three slices of the image.
 
     The slices are those with the most foreground in the last mask. Masks and `truth` are label
-    values `(X, Y, Z)` on the image's grid.
+    values `(X, Y, Z)` on the image's grid, of which the legend has the names.
     """
+    from matplotlib.lines import Line2D
+
     names = list(masks)
     widths, height = _columns_mm(image)
     inches_per_mm = MONTAGE_INCHES / sum(widths)
@@ -129,8 +142,17 @@ def montage(
         row[0].set_ylabel(name, fontsize=12)
     for axes, (view, axis) in zip(panels[0], VIEWS.items(), strict=True):
         axes.set_title(f"{view}, slice {slices[view] + 1} of {image.array.shape[axis]}")
-    legend = "colour: mask" if truth is None else "colour: mask, white: truth"
-    figure.supxlabel(f"{legend} (the patient's right is marked R)", fontsize=10)
+    lines = {name: colour_of(value) for name, value in labels.items()}
+    if truth is not None:
+        lines["truth"] = TRUTH_COLOUR
+    figure.legend(
+        [Line2D([], [], color=colour, linewidth=3) for colour in lines.values()],
+        list(lines),
+        loc="outside lower center",
+        ncols=len(lines),
+        facecolor="0.8",
+    )
+    figure.suptitle(f"{title} (the patient's right is marked R)", fontsize=12)
     return figure
 
 
@@ -188,7 +210,7 @@ def _draw_views(
         )
         labels = np.take(mask, slices[view], axis=axis)
         for value in np.unique(labels[labels > 0]):
-            colour = LABEL_COLOURS[(int(value) - 1) % len(LABEL_COLOURS)]
+            colour = colour_of(int(value))
             _outline(axes, labels == value, pixel_mm=(across, up), colour=colour, width=1.5)
         if truth is not None:
             labels = np.take(truth, slices[view], axis=axis)
@@ -245,11 +267,13 @@ def overlay_page(
     images: Mapping[str, str],
     folder: str | Path,
     title: str,
+    labels: Mapping[str, int],
 ) -> str:
     """Return a page, complete in itself, with a row for each mask of an audit table, in its order.
 
     thumbnails: PNG bytes by case; a case without one is listed without a picture. images: path of
-    each case's image. folder: where the page will lie; paths on it are relative to that.
+    each case's image. folder: where the page will lie; paths on it are relative to that. labels:
+    their names, each written in its colour.
     """
     rows = []
     for mask in audit.to_dict("records"):
@@ -270,10 +294,16 @@ def overlay_page(
         ]
         kind = "" if mask["accepted"] == "true" else ' class="refused"'
         rows.append(f"<tr{kind}>{''.join(cells)}</tr>")
+    legend = ", ".join(
+        f'<b style="color: {colour_of(value)}">{html.escape(name)}</b>'
+        for name, value in labels.items()
+    )
     introduction = (
-        f"{len(audit)} masks, the least confident first: look there first. Colour is the mask, "
-        "white the truth where it is known; rows of refused masks are tinted. Confidence and Dice "
-        "are in %. Paths are relative to the folder of this page."
+        f"{len(audit)} masks, the least confident first: look there first. In colour: {legend}; "
+        "white is the truth where it is known; rows of refused masks are tinted. Confidence and "
+        "Dice are in %. Paths are relative to the folder of this page: call ITK-SNAP there. To "
+        "throw a mask out or to replace it, write a row with its case, round and folder into the "
+        "review table (results/README.md says how)."
     )
     if audit.empty:
         introduction = "No mask taught this network in this round."
@@ -323,6 +353,8 @@ def add_montage_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=FILE",
         help="masks in the order of the rows; the last one decides which slices are shown",
     )
+    _add_labels(parser)
+    parser.add_argument("--title", default="", metavar="TEXT", help="such as the case's name")
     parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="picture to write")
 
 
@@ -340,10 +372,22 @@ def run_montage(arguments: argparse.Namespace) -> None:
     truth = None
     if arguments.truth:
         truth = read_mask(arguments.truth, image_path=arguments.image)
-    figure = montage(read_image(arguments.image), masks, truth=truth)
+    figure = montage(
+        read_image(arguments.image),
+        masks,
+        labels=parse_labels(arguments.labels),
+        title=arguments.title,
+        truth=truth,
+    )
     with write_atomically(arguments.out) as temporary:
         figure.savefig(temporary, dpi=130)
     print(f"{len(masks)} masks drawn in {arguments.out}")
+
+
+def _add_labels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--labels", nargs="+", required=True, metavar="NAME=VALUE", help="labels, for the legend"
+    )
 
 
 def add_overlays_arguments(parser: argparse.ArgumentParser) -> None:
@@ -352,6 +396,7 @@ def add_overlays_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cases", type=Path, required=True, metavar="TABLE", help="checked table of its cases"
     )
+    _add_labels(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="HTML", help="page to write")
     parser.add_argument(
         "--max-cases",
@@ -387,6 +432,7 @@ def run_overlays(arguments: argparse.Namespace) -> None:
         images=images,
         folder=arguments.out.parent,
         title=f"Masks of {arguments.audit.parent.parent.name}, {arguments.audit.stem}",
+        labels=parse_labels(arguments.labels),
     )
     write_text(page, arguments.out)
     print(f"{len(thumbnails)} of {len(audit)} masks drawn in {arguments.out}")

@@ -174,8 +174,8 @@ class Compute(Section):
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto",
-        description="auto: fp16 autocast with gradient scaling on a GPU (as nnU-Net), bf16 "
-        "autocast on a CPU that has it, else fp32.",
+        description="auto: fp16 autocast with gradient scaling on a GPU (as nnU-Net); on a CPU "
+        "that has it, bf16 autocast in training; else fp32.",
     )
 
 

@@ -6,8 +6,9 @@ asked at any time. A stage is
 - done, when what it declares is there: `checkpoint.pth` of a training; of a mask set, manifests
   with as many rows as its case table;
 - failed, when its `work/` folder holds an error; the first line is printed;
-- running, when the lock or progress in `work/` was renewed in the last 10 minutes (or in the time
-  of 3 epochs or cases, if that is longer), and else interrupted: the same command goes on with it;
+- running, when the process that holds the lock in `work/` may be alive: for certain on its own
+  machine, elsewhere by its heartbeat of the last 10 minutes and by SLURM's account;
+- interrupted, when it was begun and is not running: the same command goes on with it;
 - waiting otherwise.
 """
 
@@ -34,9 +35,9 @@ from cotrain.summary import (
     aligned,
     read_evaluations,
 )
+from cotrain.workfolder import may_live
 
 COLUMNS = ("train_2d", "pseudo_2d", "train_3d", "pseudo_3d", "test")
-SILENCE_SECONDS = 600
 
 
 class State(NamedTuple):
@@ -77,12 +78,12 @@ def stage_state(folder: Path, *, cases: int | None, now: float) -> State:
         return State("failed", f"{errors[0]}: {first_line}")
     signs = [json.loads(sign.read_text()) for sign in _whole_files(work, "*progress.json")]
     unit, done, total, seconds_left = _joined(signs)
-    heard = [sign["updated"] for sign in signs] + _renewed(_whole_files(work, "*.lock"))
+    locks = _whole_files(work, "*.lock")
+    if any(map(_may_live, locks)):
+        left = f", {_minutes(seconds_left)} left" if signs else ""
+        return State("running", f"{unit} {done} of {total}{left}" if signs else "starting")
+    heard = [sign["updated"] for sign in signs] + _renewed(locks)
     if heard:
-        pace = seconds_left / (total - done) if total > done else 0
-        if now - max(heard) < max(SILENCE_SECONDS, 3 * pace):
-            left = f", {_minutes(seconds_left)} left" if signs else ""
-            return State("running", f"{unit} {done} of {total}{left}" if signs else "starting")
         return State("interrupted", f"last sign {_clock(max(heard), now=now)}")
     if finished:
         return State("partly", f"{finished} of {cases} cases")
@@ -119,6 +120,15 @@ def _joined(signs: list[dict]) -> tuple[str, int, int, float]:
 def _whole_files(folder: Path, pattern: str) -> list[Path]:
     """Return matching files but those that are just being written, whose names begin with a dot."""
     return [path for path in sorted(folder.glob(pattern)) if not path.name.startswith(".")]
+
+
+def _may_live(lock: Path) -> bool:
+    """Return whether the process that holds a lock may be alive."""
+    try:
+        return may_live(json.loads(lock.read_text()))
+    except (FileNotFoundError, json.JSONDecodeError):
+        # Just removed, or made and not yet filled.
+        return lock.exists()
 
 
 def _renewed(locks: list[Path]) -> list[float]:

@@ -60,7 +60,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.device = device_of(self.stage.compute)
-        self.precision = precision_of(self.stage.compute, self.device)
+        self.precision = precision_of(self.stage.compute, self.device, training=True)
         self.schedule = Schedule(self.network_name, self.stage.training, self.stage.cotraining)
         seed_everything(self.stage.seed, STREAMS[self.network_name])
         self.network = self.planned.build_network(
@@ -310,7 +310,7 @@ def run(arguments: argparse.Namespace) -> None:
         "round": arguments.round,
         # Another number format would go on with other bits, without a word.
         "device": device.type,
-        "precision": precision_of(stage.compute, device),
+        "precision": precision_of(stage.compute, device, training=True),
         "inputs": {str(path): sha256_of(path) for path in inputs},
     }
     with WorkFolder(arguments.out_dir / "work", identity) as work:

@@ -257,18 +257,24 @@ class WorkFolder:
             # Between making the lock and filling it; or killed there, or just released.
             time.sleep(SETTLING_SECONDS)
             owner = self._read_lock()
-        if owner is None:
-            return None
-        if owner["host"] == self._owner["host"]:
-            # Process numbers are used again, above all in containers, their birth is not.
-            if owner["born"] is None or owner["born"] != _born(owner["pid"]):
-                return None
-        elif time.time() - owner["heartbeat"] > HEARTBEAT_LIFETIME or (
-            owner["slurm_job"] and slurm.is_over(owner["slurm_job"])
-        ):
+        if owner is None or not may_live(owner):
             return None
         job = f", SLURM job {owner['slurm_job']}" if owner["slurm_job"] else ""
         return f"process {owner['pid']} on {owner['host']}{job}"
+
+
+def may_live(owner: dict) -> bool:
+    """Return whether the process may be alive that wrote a lock with this content.
+
+    Certain on its own machine. Elsewhere it counts as dead when it gave no sign of life for
+    HEARTBEAT_LIFETIME, or by SLURM's account of its job.
+    """
+    if owner["host"] == socket.gethostname():
+        # Process numbers are used again, above all in containers, their birth is not.
+        return owner["born"] is not None and owner["born"] == _born(owner["pid"])
+    if time.time() - owner["heartbeat"] > HEARTBEAT_LIFETIME:
+        return False
+    return not (owner["slurm_job"] and slurm.is_over(owner["slurm_job"]))
 
 
 def _born(pid: int) -> str | None:

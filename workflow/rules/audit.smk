@@ -72,12 +72,14 @@ rule draw_audit_page:
         mem_mb=4000,
         runtime=60,
     params:
+        labels=labels_of,
         max_cases=lambda wildcards: settings_of(wildcards).audit.max_cases,
     shell:
         r"""
         cotrain overlays \
             --audit {input.audit:q} \
             --cases {input.cases:q} \
+            --labels {params.labels:q} \
             --out {output.page:q} \
             --max-cases {params.max_cases} \
             >{log:q} 2>&1

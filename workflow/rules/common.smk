@@ -88,6 +88,12 @@ def checked_reviews():
                             f"{settings.review} has {row[name]!r} in the column `{name}`, wanted "
                             f"one of {wanted} ...; correct it, or the verdict would go unheard."
                         )
+                # Snakemake takes a missing input for one that is not needed any more.
+                if row["verdict"] == "replace" and not os.path.isfile(row["mask"]):
+                    raise InputError(
+                        f"{settings.review}, case {row['case']}: the corrected mask {row['mask']!r} "
+                        f"does not exist in {os.getcwd()}; give the path of a new file."
+                    )
     return reviews
 
 
@@ -97,6 +103,31 @@ try:
     REVIEWS = checked_reviews()
 except InputError as error:
     raise WorkflowError(str(error)) from None
+
+
+def say_what_is_easily_missed():
+    """Warn of settings that are allowed and hardly meant, before anything is computed."""
+    for experiment, settings in SETTINGS.items():
+        scheduled = settings.cotraining.schedule_rounds
+        if settings.rounds < scheduled:
+            logger.warning(
+                f"{experiment}: the rate anneals to 0 over {scheduled} rounds "
+                f"(cotraining.schedule_rounds), but only {settings.rounds} are run (rounds)."
+            )
+        last = settings.rounds - 1
+        for row in REVIEWS[experiment]:
+            unheard = int(row["round"]) == last and row["masks"] == "pseudo_3d"
+            if unheard or (
+                settings.cotraining.teacher == "other" and "teacher" in row["masks"]
+            ):
+                logger.warning(
+                    f"{settings.review}: the verdict on {row['masks']} of {row['case']} in round "
+                    f"{row['round']} changes nothing, because these masks teach no network."
+                )
+
+
+if workflow.is_main_process:
+    say_what_is_easily_missed()
 
 # Lets envs/cotrain.post-deploy.sh find the package, wherever Snakemake is called from.
 os.environ.update(COTRAIN_CLONE=str(workflow.basedir))
@@ -467,6 +498,23 @@ def masks_in_montage(wildcards, input):
     return named
 
 
+SUMMARY = (
+    "summary.txt",
+    "scores.tsv",
+    "dice_per_round.png",
+    "training_curves.png",
+    "montage.png",
+)
+MODEL_FOLDER = "Dataset001_cotrain/nnUNetTrainer__nnUNetPlans__3d_fullres"
+MODEL = (
+    "provenance.json",
+    f"{MODEL_FOLDER}/plans.json",
+    f"{MODEL_FOLDER}/dataset.json",
+    f"{MODEL_FOLDER}/dataset_fingerprint.json",
+    f"{MODEL_FOLDER}/fold_all/checkpoint_final.pth",
+)
+
+
 def everything_asked_for(wildcards):
     """Return the last files of every chain; all others are made on the way."""
     files = []
@@ -474,9 +522,10 @@ def everything_asked_for(wildcards):
         results = f"results/{experiment}"
         files += [
             f"{results}/cases/dataset_report.html",
-            f"{results}/summary/summary.txt",
-            f"{results}/summary/montage.png",
-            f"{results}/model/provenance.json",
+            *(f"{results}/summary/{name}" for name in SUMMARY),
+            *(f"{results}/model/{name}" for name in MODEL),
+            # Not only the pages: a table that a failed audit left out would not be missed.
+            *audits_of(experiment, ".tsv"),
             *audits_of(experiment, ".html"),
             *pseudo_masks_of(experiment, rounds_of(experiment)),
         ]
@@ -501,6 +550,11 @@ def last_checkpoint(wildcards):
     return (
         f"results/{wildcards.experiment}/cotrain/round-{last}/train_3d/checkpoint.pth"
     )
+
+
+def last_provenance(wildcards):
+    """Return how the last checkpoint was made, which the exported model says, too."""
+    return f"{os.path.dirname(last_checkpoint(wildcards))}/provenance.json"
 
 
 # -------------------------------------------------------------------------- needs of a job

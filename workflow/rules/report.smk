@@ -91,12 +91,16 @@ rule draw_montage:
     params:
         truth=lambda wildcards, input: option("--truth", input.truth),
         masks=masks_in_montage,
+        labels=labels_of,
+        case=lambda wildcards: case_in_montage(wildcards)["case"],
     shell:
         r"""
         cotrain montage \
             --image {input.image:q} \
             {params.truth} \
             --masks {params.masks:q} \
+            --labels {params.labels:q} \
+            --title {params.case:q} \
             --out {output.picture:q} \
             >{log:q} 2>&1
         """
@@ -106,6 +110,7 @@ rule export:
     """Write the last co-trained 3D network as a plain nnU-Net model folder."""
     input:
         checkpoint=last_checkpoint,
+        trained=last_provenance,
         plans="results/{experiment}/preprocessed/plans.json",
         dataset="results/{experiment}/preprocessed/dataset.json",
         fingerprint="results/{experiment}/preprocessed/dataset_fingerprint.json",
@@ -133,6 +138,7 @@ rule export:
         r"""
         cotrain export \
             --checkpoint {input.checkpoint:q} \
+            --trained {input.trained:q} \
             --preprocessed {params.preprocessed:q} \
             --settings {input.settings:q} \
             --out-dir {params.out_dir:q} \
