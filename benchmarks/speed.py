@@ -36,7 +36,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cotrain.data_check import labels_from
+from cotrain.cases import labels_from
 from cotrain.files import read_table, write_table, write_text
 from cotrain.nnunet import CONFIGURATIONS, Planned, nnunet_folders
 from cotrain.plan import DATASET_NAME

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from cotrain import make_table
-from cotrain.cases import read_cases
+from cotrain.cases import labels_from, read_cases
 from cotrain.errors import InputError
 
 CONFIG_CASES = Path(__file__).parents[1] / "config" / "cases"
@@ -347,3 +347,19 @@ def test_make_table_names_a_test_case_that_is_not_there(tmp_path):
     (tmp_path / "tests.txt").write_text("z\n")
     with pytest.raises(InputError, match="first `z`"):
         make(tmp_path, "--test-list", str(tmp_path / "tests.txt"))
+
+
+# ----------------------------------------------------------------------------------- labels
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["liver"], ["liver=0"], ["liver=x"], ["=1"], ["a=1", "b=1"], ["a=1", "a=2"], ["a=256"]],
+)
+def test_labels_are_names_with_different_values(words):
+    with pytest.raises(InputError, match="The label `"):
+        labels_from(words)
+
+
+def test_a_label_name_may_hold_an_equals_sign():
+    assert labels_from(["stage=2=1", "b=2"]) == {"stage=2": 1, "b": 2}

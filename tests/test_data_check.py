@@ -293,19 +293,6 @@ def test_an_image_without_orientation_and_a_label_without_foreground_are_warned_
     assert "1 cases have a label file without any foreground, such as case1" in warnings
 
 
-@pytest.mark.parametrize(
-    "words",
-    [["liver"], ["liver=0"], ["liver=x"], ["=1"], ["a=1", "b=1"], ["a=1", "a=2"], ["a=256"]],
-)
-def test_labels_are_names_with_different_values(words):
-    with pytest.raises(InputError, match="The label `"):
-        data_check.labels_from(words)
-
-
-def test_a_label_name_may_hold_an_equals_sign():
-    assert data_check.labels_from(["stage=2=1", "b=2"]) == {"stage=2": 1, "b": 2}
-
-
 @pytest.mark.skipif("COTRAIN_DATA" not in os.environ, reason="COTRAIN_DATA is not set")
 @pytest.mark.parametrize(
     ("folder", "table", "labels"),

@@ -6,8 +6,7 @@ import pandas as pd
 import pytest
 
 from cotrain.__main__ import main
-from cotrain.errors import InputError
-from cotrain.evaluate import COLUMNS, parse_labels
+from cotrain.evaluate import COLUMNS
 from cotrain.files import read_table
 
 SHAPE = (5, 6, 4)
@@ -101,13 +100,3 @@ def test_a_value_that_no_label_has_is_named_with_its_file(two_cases, capsys):
     assert evaluate(two_cases) == 2
     error = capsys.readouterr().err
     assert str(two_cases / "masks/a.nii.gz") in error and "value 7" in error
-
-
-@pytest.mark.parametrize("pairs", [["atrium"], ["=1"], ["atrium=one"], ["a=1", "b=1"]])
-def test_labels_that_are_no_pairs_of_name_and_value_are_refused(pairs):
-    with pytest.raises(InputError):
-        parse_labels(pairs)
-
-
-def test_a_label_name_may_hold_an_equals_sign():
-    assert parse_labels(["grade=high=2"]) == {"grade=high": 2}

@@ -3,6 +3,7 @@
 import re
 import shutil
 import signal
+import sys
 
 import pytest
 from cluster import wait_until
@@ -190,6 +191,27 @@ def test_a_training_of_five_allocations_costs_no_retry(project, long_training):
     assert (first, len(resumed)) == (0, int(train["Restarts"]))
     # Every allocation trained, and none trained an epoch that another had finished.
     assert sorted(set(resumed)) == resumed
+    assert undisturbed.starts() == [0]
+    assert project.fingerprint() == undisturbed.fingerprint()
+
+
+def test_a_whole_run_in_one_job_puts_itself_back_into_the_queue(project, long_training):
+    undisturbed = long_training(project, iterations_per_epoch=75, warmup_epochs=14)
+    command = f"{sys.executable} -m snakemake {TRAINED} --configfile settings.yaml --cores 2"
+    job = project.cluster.run(
+        *("sbatch", "--parsable", "--requeue", "--time=1", "--cpus-per-task=2", "--mem=6000"),
+        *(f"--chdir={project.folder}", "--output=job.txt", "--open-mode=append"),
+        *("--wrap", f"{command} --set-threads train=1"),
+    )
+    wait_until(
+        lambda: project.cluster.job(job)["JobState"] in ("COMPLETED", "FAILED", "TIMEOUT"),
+        seconds=500,
+        what="the job",
+    )
+    ended = project.cluster.job(job)
+    assert ended["JobState"] == "COMPLETED", (project.folder / "job.txt").read_text()[-3000:]
+    assert int(ended["Restarts"]) >= 2
+    assert len(project.starts()) == int(ended["Restarts"]) + 1
     assert undisturbed.starts() == [0]
     assert project.fingerprint() == undisturbed.fingerprint()
 

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 from medpy.metric.binary import dc
 
+from cotrain.cases import labels_from
 from cotrain.errors import InputError
-from cotrain.evaluate import parse_labels
 from cotrain.files import read_table, sha256_of, write_table
 from cotrain.nifti import check_same_grid, read_labels, voxel_volume_ml
 from cotrain.nnunet import Planned
@@ -214,7 +214,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run `cotrain audit`."""
-    labels = parse_labels(arguments.labels)
+    labels = labels_from(arguments.labels)
     for folder in set(arguments.source_masks) - {arguments.masks}:
         for source in sorted(folder.glob("manifest-*.tsv")):
             for made in read_table(source).to_dict("records"):

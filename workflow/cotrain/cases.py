@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -241,3 +241,19 @@ def _files_in(folder: str) -> set[str]:
         return set()
     except PermissionError:
         raise InputError(f"The folder {folder} cannot be read; ask for read permission.") from None
+
+
+def labels_from(words: Iterable[str]) -> dict[str, int]:
+    """Return label name → value from words such as `liver=1`; raises InputError on others."""
+    labels: dict[str, int] = {}
+    for word in words:
+        name, _, value = word.rpartition("=")
+        if not name or not value.isdecimal() or not 1 <= int(value) <= 255:
+            raise InputError(
+                f"The label `{word}` is not name=value with a value from 1 to 255; give labels as "
+                "liver=1 tumour=2 and leave out the background."
+            )
+        if name in labels or int(value) in labels.values():
+            raise InputError(f"The label `{word}` repeats a name or value; give each once.")
+        labels[name] = int(value)
+    return labels

@@ -24,7 +24,7 @@ import nibabel
 import numpy as np
 import pandas as pd
 
-from cotrain.cases import COLUMNS, SPLITS, read_cases
+from cotrain.cases import COLUMNS, SPLITS, labels_from, read_cases
 from cotrain.errors import InputError
 from cotrain.files import write_table, write_text
 from cotrain.nifti import (
@@ -329,22 +329,6 @@ cases). {legend}</p>
 </body>
 </html>
 """
-
-
-def labels_from(words: Iterable[str]) -> dict[str, int]:
-    """Return label name → value from words such as `liver=1`; raises InputError on others."""
-    labels: dict[str, int] = {}
-    for word in words:
-        name, _, value = word.rpartition("=")
-        if not name or not value.isdecimal() or not 1 <= int(value) <= 255:
-            raise InputError(
-                f"The label `{word}` is not name=value with a value from 1 to 255; give labels as "
-                "liver=1 tumour=2 and leave out the background."
-            )
-        if name in labels or int(value) in labels.values():
-            raise InputError(f"The label `{word}` repeats a name or value; give each once.")
-        labels[name] = int(value)
-    return labels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

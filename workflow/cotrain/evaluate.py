@@ -11,28 +11,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from cotrain.cases import labels_from
 from cotrain.errors import InputError
 from cotrain.files import read_table, write_table
 from cotrain.metrics import SCORES, score_case
 from cotrain.nifti import check_same_grid, read_labels, spacing_mm
 
 COLUMNS = ("case", "label", *SCORES)
-
-
-def parse_labels(pairs: list[str]) -> dict[str, int]:
-    """Return {"atrium": 1} for ["atrium=1"].
-
-    Raises InputError for a pair that is not name=whole number, or a name or value given twice.
-    """
-    labels: dict[str, int] = {}
-    for pair in pairs:
-        name, _, value = pair.rpartition("=")
-        if not name or not value.isdigit():
-            raise InputError(f"The label '{pair}' is not of the form name=value, as in atrium=1.")
-        if name in labels or int(value) in labels.values():
-            raise InputError(f"The label '{pair}' repeats a name or a value; each must be unique.")
-        labels[name] = int(value)
-    return labels
 
 
 def evaluate_masks(
@@ -88,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the evaluation table and print one line with the mean Dice of each label."""
-    labels = parse_labels(arguments.labels)
+    labels = labels_from(arguments.labels)
     table = evaluate_masks(arguments.masks, read_table(arguments.cases), labels=labels)
     write_table(table.round(6), arguments.out)
     if table.empty:

@@ -306,8 +306,3 @@ def load_pretrained_encoder(network: TimmSegmentationNetwork, path: str | Path) 
     Works for every adaptation. Raises InputError where the file is missing or does not match.
     """
     network.load_encoder(read_weights(path))
-
-
-def trainable_parameters(network: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters an optimiser is to be given, in the network's order."""
-    return [parameter for parameter in network.parameters() if parameter.requires_grad]

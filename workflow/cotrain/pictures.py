@@ -20,8 +20,8 @@ import nibabel
 import numpy as np
 import pandas as pd
 
+from cotrain.cases import labels_from
 from cotrain.errors import InputError
-from cotrain.evaluate import parse_labels
 from cotrain.files import read_table, write_atomically, write_text
 from cotrain.nifti import check_image, check_same_grid, read_labels, spacing_mm
 
@@ -375,7 +375,7 @@ def run_montage(arguments: argparse.Namespace) -> None:
     figure = montage(
         read_image(arguments.image),
         masks,
-        labels=parse_labels(arguments.labels),
+        labels=labels_from(arguments.labels),
         title=arguments.title,
         truth=truth,
     )
@@ -432,7 +432,7 @@ def run_overlays(arguments: argparse.Namespace) -> None:
         images=images,
         folder=arguments.out.parent,
         title=f"Masks of {arguments.audit.parent.parent.name}, {arguments.audit.stem}",
-        labels=parse_labels(arguments.labels),
+        labels=labels_from(arguments.labels),
     )
     write_text(page, arguments.out)
     print(f"{len(thumbnails)} of {len(audit)} masks drawn in {arguments.out}")
