@@ -36,6 +36,7 @@ wildcard_constraints:
 localrules:
     all,
     write_settings,
+    write_verdicts,
     fetch_weights,
 
 
@@ -54,9 +55,19 @@ include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
 
 
+onstart:
+    if workflow.is_main_process:
+        take_over_from_a_dead_command()
+
+
 onsuccess:
-    for experiment in SETTINGS:
-        print(f"Result: results/{experiment}/summary/summary.txt", file=sys.stderr)
-    if GROUPS:
-        comparison = f"results/{config['experiment']}/comparison/comparison.txt"
-        print(f"All of them: {comparison}", file=sys.stderr)
+    if workflow.is_main_process:
+        for result in (
+            *(
+                f"results/{experiment}/summary/summary.txt"
+                for experiment in SETTINGS
+            ),
+            f"results/{config['experiment']}/comparison/comparison.txt",
+        ):
+            if os.path.exists(result):
+                print(f"Result: {result}", file=sys.stderr)

@@ -94,7 +94,9 @@ def three(tmp_path):
         for round_ in (0, 1):
             evaluate(folder, "labels_only", "3d", round_, [0.70, 0.80])
             evaluate(folder, "cotrain", "3d", round_, [0.70 + gain * round_, 0.80 + gain * round_])
-    return {name: tmp_path / name / "evaluation" for name in ("one", "two", "three")}
+    return {
+        name: sorted((tmp_path / name / "evaluation").iterdir()) for name in ("one", "two", "three")
+    }
 
 
 def test_the_comparison_by_hand(three):
@@ -117,8 +119,9 @@ def test_one_experiment_of_a_group_has_no_interval(three):
 
 
 def test_the_command_writes_text_table_and_picture(three, tmp_path, capsys):
-    words = [f"few:{folder.parent}" for folder in three.values()]
-    assert main(["compare", "--experiments", *words, "--out-dir", str(tmp_path / "out")]) == 0
+    words = ["compare", "--experiments", *(f"rate: 0.1, few:{name}" for name in three)]
+    words += ["--evaluation", *(str(table) for tables in three.values() for table in tables)]
+    assert main([*words, "--out-dir", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out == (tmp_path / "out/comparison.txt").read_text()
     assert (tmp_path / "out/comparison.png").stat().st_size > 1000
     assert len(pd.read_csv(tmp_path / "out/comparison.tsv", sep="\t")) == 3

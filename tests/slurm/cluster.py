@@ -1,7 +1,8 @@
-"""A real SLURM of this machine alone: in, a folder; out, a controller and four nodes on loopback.
+"""A real SLURM of this machine alone: in, a folder; out, a controller and three nodes on loopback.
 
-Needs Debian's slurmctld, slurmd, slurm-client and munge, and root, which starts the nodes. Nothing
-outside the folder is written; every process is ended by its pid.
+Needs Debian's slurmctld, slurmd, slurm-client and munge, and root, which starts the nodes. Each
+node has a host name of its own, in namespaces of its own, so that jobs take each other for
+processes of other machines. Nothing outside the folder is written; every process is ended by its pid.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
 ACCOUNTING_PROGRAMS = ("slurmdbd", "mariadbd", "mariadb-install-db", "mariadb")
 CLIENTS = ("sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo", "sacct", "sacctmgr")
 # Debian puts daemons where only root's PATH leads.
@@ -138,7 +139,9 @@ class Cluster:
                 self._start_accounting()
             self._start("slurmctld", "-D", "-f", self.folder / "slurm.conf")
             for node in NODES:
-                self._start("slurmd", "-D", "-N", node, "-f", self.folder / "slurm.conf")
+                self._start(
+                    *("slurmd", "-D", "-N", node, "-f", self.folder / "slurm.conf"), host=node
+                )
             wait_until(self._all_idle, seconds=40, what=f"idle nodes, see {self.folder}/*.log")
         except BaseException:
             self._stop()
@@ -190,12 +193,15 @@ class Cluster:
             return False
         return bool(states) and set(states) == {"idle"}
 
-    def _start(self, *words: object) -> None:
+    def _start(self, *words: object, host: str = "") -> None:
+        """Start a daemon; its processes and their jobs call this machine by the name `host`."""
         program = shutil.which(str(words[0]), path=DAEMON_PATH)
+        rename = f'hostname {host} && mount --bind {self.folder}/hosts /etc/hosts && exec "$@"'
+        renamed = ["unshare", "--uts", "--mount", "sh", "-c", rename, "sh"]
         log = open(self.folder / "daemons.log", "ab")  # noqa: SIM115
         self._processes.append(
             subprocess.Popen(
-                [program, *map(str, words[1:])],
+                [*(renamed if host else []), program, *map(str, words[1:])],
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -291,6 +297,9 @@ class Cluster:
                 nodes=nodes,
                 accounting=accounting,
             )
+        )
+        (self.folder / "hosts").write_text(
+            "".join(f"127.0.0.1 {name}\n" for name in ("localhost", socket.gethostname(), *NODES))
         )
         # A regular file would leave CUDA_VISIBLE_DEVICES empty.
         for number in range(2):

@@ -16,13 +16,11 @@ def test_a_run_without_faults(undisturbed):
     assert len(undisturbed.fingerprint()) == 1 + 4
 
 
-@pytest.mark.parametrize(
-    "site", [(), ("train:gpu=0", "train:gres=gpu:fake:1")], ids=["--gpus", "--gres"]
-)
+@pytest.mark.parametrize("site", ["train:gpu=1", "train:gres=gpu:fake:1"], ids=["--gpus", "--gres"])
 def test_training_gets_a_gpu_and_preprocessing_none(project, site):
-    project.change(compute={"device": "auto"})
     (project.folder / RESULTS / "preprocessed/labelled/manifest-0.tsv").unlink()
-    partition = ("--set-resources", "train:slurm_partition=gpu", *site)
+    # On a CPU of a node with fake GPUs: `device: auto` rightly refuses a GPU that torch cannot see.
+    partition = ("--set-resources", "train:slurm_partition=gpu", site)
     controller = project.start(TRAINED, options=partition)
     project.wait_for_epochs(1)
     job = project.job()["id"]
@@ -42,6 +40,13 @@ def test_training_gets_a_gpu_and_preprocessing_none(project, site):
     ]
     assert not any(key.startswith("TresPer") for key in preprocess)
     assert preprocess["NodeList"] == "cpu1"
+
+
+def test_a_gpu_that_torch_does_not_see_stops_the_job_with_a_sentence(project):
+    project.change(compute={"device": "auto"})
+    options = ("--retries", "0", "--set-resources", "train:slurm_partition=gpu")
+    assert project.start(TRAINED, options=options).wait(200) == 1
+    assert "SLURM gave this job the GPU 0 of " in project.log()
 
 
 def test_the_literal_command_runs_everything(planned_project, cluster, tmp_path):

@@ -80,24 +80,26 @@ def test_a_preempted_job_goes_on(project, undisturbed):
     ends_as_undisturbed(project, undisturbed, epochs_kept=[3])
 
 
-def test_a_job_goes_on_after_its_node_was_down(project, undisturbed):
-    controller = project.start(TRAINED)
+def test_a_job_goes_on_on_another_node_after_its_own_was_down(project, undisturbed):
+    controller = project.start(TRAINED, options=("--set-resources", "train:slurm_partition=gpu"))
     project.wait_for_epochs(3)
     node = project.job()["node"]
     project.cluster.run("scontrol", "update", f"node={node}", "state=down", "reason=test")
-    wait_until(lambda: project.job()["state"] == "PENDING", seconds=60, what="a requeued job")
-    project.cluster.run("scontrol", "update", f"node={node}", "state=resume")
     assert controller.wait(300) == 0, project.said()[-3000:]
+    project.cluster.run("scontrol", "update", f"node={node}", "state=resume")
     (train,) = ends_of(project)
     assert train["Restarts"] == "1"
+    assert train["NodeList"] in {"gpu1", "gpu2"} - {node}
     ends_as_undisturbed(project, undisturbed, epochs_kept=[3])
 
 
 def test_a_job_that_takes_too_much_memory_gets_more(project, undisturbed):
     project.run(TRAINED, options=("--set-resources", "train:mem_mb=400*attempt**2"))
     states = [(job["JobState"], job["MinMemoryNode"]) for job in ends_of(project)]
-    assert states[0][0] != "COMPLETED"
-    assert states[0][1] == "400M"
+    assert states[0] == ("FAILED", "400M")
+    first = ends_of(project)[0]
+    node_log = project.cluster.folder / f"slurmd-{first['NodeList']}.log"
+    assert re.search(rf"StepId={first['JobId']}\.\d+ exceeded memory limit", node_log.read_text())
     assert states[-1][0] == "COMPLETED"
     assert states[-1][1] in ("1600M", "3600M")
     assert project.fingerprint().items() <= undisturbed.fingerprint().items()
@@ -145,16 +147,38 @@ def test_sigterm_waits_for_the_jobs(project, undisturbed):
     ends_as_undisturbed(project, undisturbed, epochs_kept=[])
 
 
-def test_the_command_typed_again_after_sigkill_waits_for_the_old_job(project, undisturbed):
+def test_the_command_typed_again_after_sigkill_takes_the_old_job_over(project, undisturbed):
     controller = project.start(MASKS)
     project.wait_for_epochs(2)
     old = project.job()["id"]
     project.kill(controller, signal.SIGKILL)
     project.run(MASKS)
-    log = project.log()
-    assert re.search(rf"Waiting for process \d+ on \S+, SLURM job {old} to release", log)
-    assert "is finished already" in log
-    assert {job["JobState"] for job in ends_of(project)} == {"COMPLETED"}
+    assert f"Cancelling SLURM jobs {old}," in project.said()
+    states = [job["JobState"] for job in ends_of(project)]
+    assert states == ["CANCELLED", "COMPLETED", "COMPLETED"]
+    ends_as_undisturbed(project, undisturbed, epochs_kept=[2])
+
+
+def test_a_job_that_waits_in_the_queue_of_a_dead_command_never_starts(project, undisturbed):
+    project.cluster.run("scontrol", "update", "partitionname=cpu", "state=down")
+    controller = project.start(TRAINED)
+    wait_until(project.jobs, seconds=60, what="a pending job")
+    project.kill(controller, signal.SIGKILL)
+    project.cluster.run("scontrol", "update", "partitionname=cpu", "state=up")
+    project.run(TRAINED)
+    assert [job["JobState"] for job in ends_of(project)] == ["CANCELLED", "COMPLETED"]
+    ends_as_undisturbed(project, undisturbed, epochs_kept=[])
+
+
+def test_a_second_command_beside_a_living_one_is_refused(project, undisturbed):
+    controller = project.start(TRAINED)
+    project.wait_for_epochs(1)
+    assert project.start(TRAINED).wait(60) == 1
+    assert f"Another command for tiny runs in this folder (process {controller.pid})" in (
+        project.said()
+    )
+    assert controller.wait(300) == 0, project.said()[-3000:]
+    assert len(ends_of(project)) == 1
     ends_as_undisturbed(project, undisturbed, epochs_kept=[])
 
 
@@ -201,6 +225,7 @@ def test_a_whole_run_in_one_job_puts_itself_back_into_the_queue(project, long_tr
     job = project.cluster.run(
         *("sbatch", "--parsable", "--requeue", "--time=1", "--cpus-per-task=2", "--mem=6000"),
         *(f"--chdir={project.folder}", "--output=job.txt", "--open-mode=append"),
+        "--comment=cotrain",
         *("--wrap", f"{command} --set-threads train=1"),
     )
     wait_until(

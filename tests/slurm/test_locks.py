@@ -30,8 +30,9 @@ def sleeper(cluster):
     cluster.run("scancel", job)
 
 
-def locked_by(job: str, folder, *, silent_seconds: float = 0) -> None:
-    lock = {"host": "elsewhere", "pid": 1, "born": "1", "slurm_job": job}
+def locked_by(job: str, folder, *, silent_seconds: float = 200) -> None:
+    """Leave a lock whose last sign of life is so old; SLURM is asked after 120 s."""
+    lock = {"host": "elsewhere", "pid": 1, "born": "1", "slurm_job": job, "cluster": ""}
     lock |= {"node": "elsewhere", "ends": None, "heartbeat": time.time() - silent_seconds}
     (folder / "step.lock").write_text(json.dumps(lock))
 
@@ -65,6 +66,24 @@ def test_a_job_that_slurm_has_forgotten_holds_no_lock(cluster, tmp_path):
     assert start(cluster, tmp_path).communicate(timeout=30)[0] == "entered\n"
 
 
+def test_a_fresh_heartbeat_counts_more_than_slurms_account(cluster, tmp_path):
+    locked_by("999999", tmp_path, silent_seconds=5)
+    process = start(cluster, tmp_path)
+    assert process.stdout.readline().startswith("Waiting for process 1 on elsewhere")
+    process.kill()
+    process.communicate()
+
+
+def test_a_suspended_job_keeps_its_lock_however_silent(cluster, sleeper, tmp_path):
+    cluster.run("scontrol", "suspend", sleeper)
+    locked_by(sleeper, tmp_path, silent_seconds=7000)
+    process = start(cluster, tmp_path)
+    assert process.stdout.readline().startswith("Waiting for process 1 on elsewhere")
+    process.kill()
+    process.communicate()
+    cluster.run("scontrol", "resume", sleeper)
+
+
 def test_a_requeued_job_does_not_wait_for_itself(cluster, sleeper, tmp_path):
     locked_by(sleeper, tmp_path)
     output, _ = start(cluster, tmp_path, SLURM_JOB_ID=sleeper).communicate(timeout=30)
@@ -79,6 +98,7 @@ def test_a_running_job_that_was_silent_for_long_lost_its_process(cluster, sleepe
 def test_a_job_knows_its_end(cluster, tmp_path):
     job = cluster.run(
         *("sbatch", "--parsable", "--time=7", "--mem=500", f"--output={tmp_path}/out"),
+        "--comment=cotrain",
         *(
             "--wrap",
             f"srun {sys.executable} -c 'from cotrain import slurm; print(slurm.own_end())'",

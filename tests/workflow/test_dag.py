@@ -182,6 +182,7 @@ def test_two_rounds_have_the_jobs_counted_by_hand(project: Path):
         # the means that teach 2D and 3D in round 01
         "merge_pseudo_masks": 2,
         # 3D in round 00, 2D and 3D in round 01
+        "write_verdicts": 3,
         "audit": 3,
         "draw_audit_page": 3,
         "infer_test_masks": 7,
@@ -353,6 +354,7 @@ def test_a_third_round_adds_exactly_its_own_jobs(finished: Path):
         "train": 4,
         "infer_pseudo_masks": 2,
         "merge_pseudo_masks": 2,
+        "write_verdicts": 2,
         "audit": 2,
         "draw_audit_page": 2,
         "infer_test_masks": 4,
@@ -588,7 +590,7 @@ def test_a_table_of_experiments_runs_them_side_by_side(tmp_path):
     assert made.returncode == 0, made.stderr
     assert {path.name for path in (tmp_path / "results").iterdir()} == {"one", "two", "tiny"}
     words = (tmp_path / "results/tiny/comparison/comparison.txt").read_text()
-    assert "--experiments few:results/one few:results/two" in words
+    assert "--experiments few:one few:two" in words
     for name, seed in (("one", 1), ("two", 2)):
         stage = yaml.safe_load((tmp_path / f"results/{name}/settings/train_3d.yaml").read_text())
         assert stage["seed"] == seed

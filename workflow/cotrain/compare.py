@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 METHODS = [(arm, network) for arm in (CO_TRAINED, CONTROL) for network in NETWORK_WORDS]
 
 
-def final_scores(evaluation: Path) -> dict[tuple[str, str], pd.DataFrame]:
-    """Return (arm, network) → scores per case of the last round in a folder of evaluations."""
-    scored = read_evaluations([evaluation])
+def final_scores(tables: list[Path]) -> dict[tuple[str, str], pd.DataFrame]:
+    """Return (arm, network) → scores per case of the last round of an experiment's evaluations."""
+    scored = read_evaluations(tables)
     last = max(trained.round for trained in scored)
     return {
         (arm, network): scored[Trained(arm, network, last)]
@@ -43,21 +43,22 @@ def final_scores(evaluation: Path) -> dict[tuple[str, str], pd.DataFrame]:
     }
 
 
-def table_of(named: dict[str, Path], groups: dict[str, str]) -> pd.DataFrame:
+def table_of(named: dict[str, list[Path]], groups: dict[str, str]) -> pd.DataFrame:
     """Return one row per experiment: group, and mean test Dice (0..1) of each arm's networks.
 
-    named: experiment → its folder of evaluations. `worst_<arm>_<network>` is the least Dice of a
-    case. Raises InputError where an experiment has no scored test case.
+    named: experiment → its evaluations. `worst_<arm>_<network>` is the least Dice of a case. Raises
+    InputError where an experiment has no scored test case.
     """
     rows = []
-    for name, evaluation in named.items():
+    for name, tables in named.items():
         row: dict[str, object] = {"experiment": name, "group": groups[name]}
-        for (arm, network), cases in final_scores(evaluation).items():
-            if cases.empty:
-                raise InputError(
-                    f"{evaluation} has no scored test case, so that {name} cannot be compared; "
-                    "give test cases a label in its case table."
-                )
+        scores = final_scores(tables) if tables else {}
+        if not any(len(cases) for cases in scores.values()):
+            raise InputError(
+                f"{name} has no scored test case and cannot be compared; give test cases a label "
+                "in its case table, or leave it out of the table of experiments."
+            )
+        for (arm, network), cases in scores.items():
             row[f"{arm}_{network}"] = cases["dice"].mean()
             row[f"worst_{arm}_{network}"] = cases["dice"].min()
         rows.append(row)
@@ -142,19 +143,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--experiments",
         nargs="+",
         required=True,
-        metavar="GROUP:DIR",
-        help="results folder of each experiment, with the group it is averaged in",
+        metavar="GROUP:NAME",
+        help="each experiment, with the group it is averaged in",
+    )
+    parser.add_argument(
+        "--evaluation",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="TSV",
+        help="tables <NAME>/evaluation/<arm>_<network>_round-<RR>.tsv of all of them",
     )
     parser.add_argument("--out-dir", type=Path, required=True, help="folder to write into")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Write comparison.tsv, comparison.txt and comparison.png, and print the text."""
-    named, groups = {}, {}
+    groups = {}
     for word in arguments.experiments:
-        group, _, folder = word.partition(":")
-        named[Path(folder).name] = Path(folder, "evaluation")
-        groups[Path(folder).name] = group
+        group, _, name = word.rpartition(":")
+        groups[name] = group
+    named = {
+        name: [table for table in arguments.evaluation if table.parent.parent.name == name]
+        for name in groups
+    }
     table = table_of(named, groups)
     text = text_of(table)
     write_table(table.round(6), arguments.out_dir / "comparison.tsv")

@@ -1,6 +1,8 @@
 """Device and number format: in, the compute settings; out, where and how networks run."""
 
 import contextlib
+import os
+import socket
 
 import torch
 from torch import nn
@@ -10,7 +12,11 @@ from cotrain.settings import Compute
 
 
 def device_of(compute: Compute) -> torch.device:
-    """Return the device to run on; raises InputError where cuda is asked for and not there."""
+    """Return the device to run on.
+
+    Raises InputError where cuda is asked for and not there, or where SLURM gave the job a GPU that
+    torch does not see: a training on the CPU there would take days.
+    """
     if compute.device == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
@@ -19,6 +25,13 @@ def device_of(compute: Compute) -> torch.device:
         raise InputError(
             "compute.device is cuda, but torch sees no GPU here; ask the scheduler for one, "
             "install a CUDA build of torch, or set compute.device to auto or cpu."
+        )
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if os.environ.get("SLURM_JOB_ID") and given not in ("", "-1", "NoDevFiles"):
+        raise InputError(
+            f"SLURM gave this job the GPU {given} of {socket.gethostname()}, but torch sees none; "
+            "look at nvidia-smi there and at torch.version.cuda, exclude that node, or set "
+            "compute.device to cpu."
         )
     return torch.device("cpu")
 

@@ -55,12 +55,14 @@ def experiments_of(content: dict, *, source: str) -> tuple[dict[str, Settings], 
                     "YAML; write a number, a word or a list such as [8, 16]."
                 ) from None
             changed = _with(changed, column.split("."), value)
-        if name in experiments or name == content["experiment"]:
-            raise InputError(
-                f"{table_path} has the experiment {name!r} twice, or it is the name of the whole "
-                "comparison; each has its own results folder, so give it another name."
-            )
         settings = check(changed, source=f"{table_path}, experiment {name}")
+        # Folders of the same name are one folder on some file systems, whatever the case.
+        taken = {each.lower() for each in (content["experiment"], *experiments)}
+        if settings.experiment.lower() in taken:
+            raise InputError(
+                f"{table_path} has the experiment {settings.experiment!r} twice, or it is the name "
+                "of the whole comparison; each has its own results folder, so give it another name."
+            )
         experiments[settings.experiment] = settings
         groups[settings.experiment] = row.get(NOT_A_SETTING) or "all"
     return experiments, groups

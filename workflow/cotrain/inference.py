@@ -235,7 +235,9 @@ def make_mask_set(
             for number, made in enumerate(manifest, start=1):
                 print(_line_of(made, done=number, total=len(rows)))
             print(f"Resuming after {len(manifest)} finished cases.", flush=True)
-        for number, row in enumerate(rows[len(manifest) :], start=len(manifest) + 1):
+        there = {made["case"] for made in manifest}
+        missing = [row for row in rows if row["case"] not in there]
+        for number, row in enumerate(missing, start=len(manifest) + 1):
             began = time.time()
             arrays = arrays_of(arguments.preprocessed / arguments.split, row["case"])
             shape = blosc2.open(arrays + ".b2nd", mode="r").shape[1:]
@@ -255,6 +257,7 @@ def make_mask_set(
                 planned=planned,
                 seconds=time.time() - began,
             )
+            work.insist()
             manifest.append(made)
             with open(finished, "a") as opened:
                 opened.write(json.dumps(made) + "\n")
@@ -269,11 +272,12 @@ def make_mask_set(
             **facts,
         )
         write_table(pd.DataFrame(manifest, columns=MANIFEST_COLUMNS), manifest_path)
-        finished.unlink(missing_ok=True)
-        for left_over in arguments.out_dir.glob("manifest-*.tsv"):
+        # The finished cases stay noted: should Snakemake delete the manifest, which it does after a
+        # kill, it is written again in seconds and to the same bytes.
+        for surplus in arguments.out_dir.glob("manifest-*.tsv"):
             # From a run with more shards.
-            if int(left_over.stem.removeprefix("manifest-")) >= arguments.shards:
-                left_over.unlink()
+            if int(surplus.stem.removeprefix("manifest-")) >= arguments.shards:
+                surplus.unlink()
 
 
 def _line_of(made: dict, *, done: int, total: int) -> str:

@@ -1,4 +1,4 @@
-"""What SLURM says about jobs: in, a job's number; out, whether it is over, and when this one ends.
+"""What SLURM says about jobs: in, a job's number; out, its state, and when this one ends.
 
 Asked through its own commands, which are on the path of every job. Outside SLURM, or where it does
 not answer, there is no answer, and the caller does without.
@@ -19,13 +19,26 @@ MAY_STILL_WRITE = {
     "SUSPENDED",
 }
 """States of a job whose processes may be alive; a pending one was requeued after it had ended."""
+ASLEEP = {"STOPPED", "SUSPENDED"}
+"""States in which a living process gives no sign of life."""
 SECONDS_TO_ANSWER = 60
 """A busy controller may take as long."""
+OURS = ("rule_", "group_", "cotrain")
+"""What the comment of a job begins with that may be requeued: Snakemake's, or one that says so."""
 
 
 def own_job() -> str:
-    """Return the number of the job that this process runs in, or nothing."""
-    return os.environ.get("SLURM_JOB_ID", "")
+    """Return the number of the job that this process runs in, or nothing.
+
+    A task of an array is `array_task`: its SLURM_JOB_ID may be that of the whole array.
+    """
+    array, task = (os.environ.get(f"SLURM_ARRAY_{part}") for part in ("JOB_ID", "TASK_ID"))
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
+
+
+def own_cluster() -> str:
+    """Return the name of the cluster that this process runs on, or nothing."""
+    return os.environ.get("SLURM_CLUSTER_NAME", "")
 
 
 def own_node() -> str:
@@ -33,32 +46,60 @@ def own_node() -> str:
     return os.environ.get("SLURMD_NODENAME", "")
 
 
-def is_over(job: str) -> bool | None:
-    """Return whether no process of a job can be alive by SLURM's own account; None: no answer."""
-    if job == own_job():
-        # A job runs once at a time, so what else carries its number is from before a requeue.
-        return True
-    code, state = _ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T")
-    if code is None:
-        return None
-    if code:
-        # Forgotten some minutes after its end. Other errors are no answer.
-        return True if "Invalid job id" in state else None
-    return state not in MAY_STILL_WRITE
+def state_of(job: str) -> str | None:
+    """Return a job's state by SLURM's account, FORGOTTEN minutes after its end; None: no answer."""
+    code, words = _ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T")
+    if code == 0:
+        return words or None
+    return "FORGOTTEN" if code is not None and "Invalid job id" in words else None
 
 
 def own_end() -> float | None:
-    """Return when this job's time limit comes, as Unix time; None without a limit or an answer."""
+    """Return when this job's time limit comes, as Unix time.
+
+    None without a limit or an answer, and where the job was not made for this workflow: an
+    interactive session, say, that must not be put back into the queue.
+    """
     if not own_job():
         return None
-    code, left = _ask("squeue", "--noheader", f"--jobs={own_job()}", "--format=%L")
-    return time.time() + seconds_of(left) if code == 0 and seconds_of(left) is not None else None
+    code, words = _ask("squeue", "--noheader", f"--jobs={own_job()}", "--format=%L|%k")
+    left, _, comment = words.partition("|")
+    if code != 0 or not comment.startswith(OURS) or seconds_of(left) is None:
+        return None
+    return time.time() + seconds_of(left)
 
 
 def requeue_own_job() -> str | None:
     """Put this job back into the queue, which ends it; return SLURM's words where it refuses."""
     code, words = _ask("scontrol", "requeue", own_job())
     return None if code == 0 else words or "scontrol did not answer"
+
+
+def jobs_left_behind(folder: str, experiments: list[str]) -> list[str]:
+    """Return the user's jobs in the queue that a command in this folder submitted for experiments.
+
+    Known by what the executor plugin writes into the comment: the rule and its wildcards, of which
+    the experiment is the first.
+    """
+    code, words = _ask("squeue", "--me", "--noheader", "--format=%i|%k|%Z")
+    jobs = []
+    for line in words.splitlines() if code == 0 else []:
+        job, comment, where = line.split("|", 2)
+        wildcards = comment.partition("_wildcards_")[2] + "_"
+        if where == folder and any(wildcards.startswith(f"{name}_") for name in experiments):
+            jobs.append(job)
+    return jobs
+
+
+def cancel(jobs: list[str]) -> str | None:
+    """Cancel jobs and wait until they are gone; return what is wrong where they stay."""
+    code, words = _ask("scancel", *jobs)
+    deadline = time.monotonic() + 3 * SECONDS_TO_ANSWER
+    while code == 0 and time.monotonic() < deadline:
+        if not any(state_of(job) in {*MAY_STILL_WRITE, "PENDING"} for job in jobs):
+            return None
+        time.sleep(1)
+    return words or "they do not end"
 
 
 def seconds_of(duration: str) -> int | None:
@@ -75,7 +116,13 @@ def _ask(*words: str) -> tuple[int | None, str]:
     """Return the exit code and the words of a SLURM command; None: it is not there or hangs."""
     try:
         done = subprocess.run(
-            words, capture_output=True, text=True, timeout=SECONDS_TO_ANSWER, check=False
+            words,
+            # Defaults of the user's own, such as SQUEUE_PARTITION, would hide jobs.
+            env={name: value for name, value in os.environ.items() if name[:7] != "SQUEUE_"},
+            capture_output=True,
+            text=True,
+            timeout=SECONDS_TO_ANSWER,
+            check=False,
         )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None, ""

@@ -391,6 +391,7 @@ def _train_round(
                 unlabelled=unlabelled,
                 control=arguments.arm == "labels_only",
             )
+            work.insist()
             trainer.save(latest)
             for name in CURVE_COLUMNS[2:]:
                 board.add_scalar(f"{arguments.network}/{name}", row[name], row["epoch"])
@@ -417,6 +418,7 @@ def _train_round(
     )
     # The declared output comes last: when it is there, the round is whole. The same bytes stay in
     # the working folder: should Snakemake die now and delete the output, the rerun takes seconds.
+    work.insist()
     trainer.save(latest)
     with write_atomically(arguments.out_dir / "checkpoint.pth") as temporary:
         try:

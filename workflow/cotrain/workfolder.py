@@ -5,6 +5,7 @@ is only gone on with where nothing it depends on has changed; and progress that 
 shows. It lies outside Snakemake's declared outputs, which Snakemake deletes when a job fails.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -16,12 +17,16 @@ from pathlib import Path
 
 from cotrain import slurm
 from cotrain.errors import InputError
-from cotrain.files import write_json, write_text
+from cotrain.files import unique_prefix, write_json, write_text
 
 HEARTBEAT_SECONDS = 60
 """Seconds between two signs of life in a lock."""
+HEARTBEAT_LATE = 120
+"""Seconds without a sign of life after which SLURM is asked about a lock of another machine."""
 HEARTBEAT_LIFETIME = 600
 """Seconds without a sign of life after which a lock of another machine counts as left behind."""
+SECONDS_BETWEEN_LIMITS = 600
+"""Seconds after which a job asks again when it ends, because limits are changed."""
 POLL_SECONDS = 15
 """Seconds between two looks at a lock that another job or machine holds."""
 SETTLING_SECONDS = 1
@@ -58,12 +63,7 @@ class WorkFolder:
         self._lock = self.folder / f"{name}.lock"
         self._identity_file = self.folder / f"{name}.identity.json"
         self._error_file = self.folder / f"{name}.error.txt"
-        self._owner = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "born": _born(os.getpid()),
-            "slurm_job": slurm.own_job(),
-        }
+        self._owner = owner_here()
         self._starts_file = self.folder / f"{name}.starts.tsv"
         self._ends = slurm.own_end()
         self._started = time.time()
@@ -71,6 +71,7 @@ class WorkFolder:
         self._last_report = self._started
         self._longest = 0.0
         self._leaving = False
+        self._judged: dict | None = None
         self._ended = threading.Event()
         self._pulse = threading.Thread(target=self._beat, daemon=True)
 
@@ -87,10 +88,11 @@ class WorkFolder:
         # An epoch or a case may take longer than a lock of another machine is believed.
         self._pulse.start()
         self._error_file.unlink(missing_ok=True)
-        self.resumable = (
-            self._identity_file.is_file()
-            and json.loads(self._identity_file.read_text()) == self.identity
-        )
+        try:
+            self.resumable = self._is_of_this_identity()
+        except InputError:
+            self.__exit__(None, None, None)
+            raise
         if self._ends is not None:
             print(
                 f"SLURM job {self._owner['slurm_job']} ends at "
@@ -98,6 +100,25 @@ class WorkFolder:
                 flush=True,
             )
         return self
+
+    def _is_of_this_identity(self) -> bool:
+        if not self._identity_file.is_file():
+            return False
+        found = json.loads(self._identity_file.read_text())
+        if found == self.identity:
+            return True
+        changed = {key for key in self.identity if found.get(key) != self.identity[key]}
+        if found.keys() == self.identity.keys() and changed <= {"device", "precision"}:
+            begun, here = (
+                " ".join(identity.get(key, "") for key in ("device", "precision")).strip()
+                for identity in (found, self.identity)
+            )
+            raise InputError(
+                f"The unfinished work in {self.folder} was done with {begun}, but this process "
+                f"would go on with {here}; ask for the same kind of node (a constraint, or "
+                "compute.device and compute.precision), or remove that folder to begin again."
+            )
+        return False
 
     def __exit__(self, kind, error, trace) -> None:
         self._ended.set()
@@ -129,19 +150,25 @@ class WorkFolder:
             table.write(f"{began}\t{owner['host']}\t{owner['pid']}\t{owner['slurm_job']}\t{done}\n")
         self._done_before = done
 
-    def report(self, done: int, total: int, unit: str, **more: object) -> float:
-        """Write progress for `cotrain status` and return seconds left.
+    def insist(self) -> None:
+        """Raise InputError where another process has taken the folder over.
 
-        done, total: `unit`s (epochs or cases) finished in this step; the pace is this process's.
-        Raises InputError where another process has taken the folder over, as it may after this one
-        was suspended for long, and SystemExit where the next epoch or case would not be finished
-        before the job's time limit.
+        It may after this one was suspended for long; to be called before anything is written.
         """
         if not self._is_ours():
             raise InputError(
                 f"{self.folder} was taken over by {self._living_owner() or 'another process'}, so "
                 "this one stops; wait for the other to end."
             )
+
+    def report(self, done: int, total: int, unit: str, **more: object) -> float:
+        """Write progress for `cotrain status` and return seconds left.
+
+        done, total: `unit`s (epochs or cases) finished in this step; the pace is this process's.
+        Raises InputError as `insist` does, and SystemExit where the next epoch or case would not
+        be finished before the job's time limit.
+        """
+        self.insist()
         now = time.time()
         # The first one also started the process; the second one is a better measure.
         self._longest = max(self._longest, now - self._last_report)
@@ -178,22 +205,39 @@ class WorkFolder:
             signal.signal(number, handler)
 
     def _acquire(self) -> None:
+        while True:
+            try:
+                # O_EXCL is atomic on local disks and on NFS from version 3 on.
+                descriptor = os.open(self._lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            except FileExistsError:
+                self._wait_or_clear()
+            else:
+                with open(descriptor, "w") as lock:
+                    lock.write(json.dumps(self._lock_content()))
+                return
+
+    def _wait_or_clear(self) -> None:
+        """Return when there is no lock any more; raise InputError where it is a living process's.
+
+        A lock left behind is moved away in one step, so that of several processes that find it one
+        clears it; one that is not the lock that was judged is put back.
+        """
+        owner = self._wait_for_others()
+        if owner is not None:
+            raise InputError(
+                f"{self.folder} is being written by {owner}; wait for it to end or cancel it "
+                f"(if it is surely gone, remove {self._lock})."
+            )
+        judged = self._judged
+        grave = self._lock.with_name(unique_prefix() + self._lock.name)
         try:
-            # O_EXCL is atomic on local disks and on NFS from version 3 on.
-            os.close(os.open(self._lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            self._write_lock()
-        except FileExistsError:
-            owner = self._wait_for_others()
-            if owner is None:
-                self._write_lock()
-                # Of several that find the same lock left behind, the last to write has it.
-                time.sleep(SETTLING_SECONDS)
-                owner = None if self._is_ours() else self._living_owner()
-            if owner is not None:
-                raise InputError(
-                    f"{self.folder} is being written by {owner}; wait for it to end or cancel it "
-                    f"(if it is surely gone, remove {self._lock})."
-                ) from None
+            os.rename(self._lock, grave)
+        except FileNotFoundError:
+            return
+        if _owner_in(_content(grave)) != _owner_in(judged):
+            with contextlib.suppress(FileExistsError):
+                os.link(grave, self._lock)
+        grave.unlink()
 
     def _wait_for_others(self) -> str | None:
         """Return the living owner that is not worth waiting for; wait for any other.
@@ -225,26 +269,29 @@ class WorkFolder:
         return lock["host"] != ours["host"] or "" != ours["slurm_job"] != lock["slurm_job"] != ""
 
     def _write_lock(self) -> None:
-        write_json(
-            {
-                **self._owner,
-                "node": slurm.own_node() or self._owner["host"],
-                "ends": self._ends,
-                "heartbeat": time.time(),
-            },
-            self._lock,
-        )
+        write_json(self._lock_content(), self._lock)
+
+    def _lock_content(self) -> dict:
+        return {
+            **self._owner,
+            "node": slurm.own_node() or self._owner["host"],
+            "ends": self._ends,
+            "heartbeat": time.time(),
+        }
 
     def _beat(self) -> None:
+        asked = time.monotonic()
         while not self._ended.wait(HEARTBEAT_SECONDS):
-            if self._is_ours():
-                self._write_lock()
+            # A network file system that is away for a while must not end the signs of life.
+            with contextlib.suppress(OSError):
+                if self._is_ours():
+                    self._write_lock()
+            if self._ends is not None and time.monotonic() - asked > SECONDS_BETWEEN_LIMITS:
+                asked = time.monotonic()
+                self._ends = slurm.own_end() or self._ends
 
     def _read_lock(self) -> dict | None:
-        try:
-            return json.loads(self._lock.read_text())
-        except (json.JSONDecodeError, FileNotFoundError):
-            return None
+        return _content(self._lock)
 
     def _is_ours(self) -> bool:
         lock = self._read_lock()
@@ -257,24 +304,60 @@ class WorkFolder:
             # Between making the lock and filling it; or killed there, or just released.
             time.sleep(SETTLING_SECONDS)
             owner = self._read_lock()
+        self._judged = owner
         if owner is None or not may_live(owner):
             return None
         job = f", SLURM job {owner['slurm_job']}" if owner["slurm_job"] else ""
         return f"process {owner['pid']} on {owner['host']}{job}"
 
 
+def owner_here() -> dict:
+    """Return what tells this process from every other, on any machine and at any time."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "born": _born(os.getpid()),
+        "slurm_job": slurm.own_job(),
+        "cluster": slurm.own_cluster(),
+    }
+
+
 def may_live(owner: dict) -> bool:
     """Return whether the process may be alive that wrote a lock with this content.
 
-    Certain on its own machine. Elsewhere it counts as dead when it gave no sign of life for
-    HEARTBEAT_LIFETIME, or by SLURM's account of its job.
+    Certain on its own machine. Elsewhere it is alive while its heartbeat is fresh; once that is
+    late, it is dead where SLURM says so of its job, alive where SLURM says that the job is
+    suspended, and else dead when it was silent for HEARTBEAT_LIFETIME.
     """
     if owner["host"] == socket.gethostname():
         # Process numbers are used again, above all in containers, their birth is not.
         return owner["born"] is not None and owner["born"] == _born(owner["pid"])
-    if time.time() - owner["heartbeat"] > HEARTBEAT_LIFETIME:
-        return False
-    return not (owner["slurm_job"] and slurm.is_over(owner["slurm_job"]))
+    silent_seconds = time.time() - owner.get("heartbeat", 0)
+    if silent_seconds < HEARTBEAT_LATE:
+        return True
+    if owner["slurm_job"] and owner["cluster"] == slurm.own_cluster():
+        if owner["slurm_job"] == slurm.own_job():
+            # A job runs once at a time: this is from before it was requeued.
+            return False
+        state = slurm.state_of(owner["slurm_job"])
+        if state in slurm.ASLEEP:
+            return True
+        if state is not None and state not in slurm.MAY_STILL_WRITE:
+            return False
+    return silent_seconds < HEARTBEAT_LIFETIME
+
+
+def _owner_in(content: dict | None) -> tuple:
+    """Return what does not change while a lock is held."""
+    return tuple((content or {}).get(key) for key in ("host", "pid", "born", "slurm_job"))
+
+
+def _content(lock: Path) -> dict | None:
+    """Return what a lock holds; None where it is not there or not whole."""
+    try:
+        return json.loads(lock.read_text())
+    except (json.JSONDecodeError, FileNotFoundError):
+        return None
 
 
 def _born(pid: int) -> str | None:

@@ -1,6 +1,21 @@
 """The audit stands in the stream: in, masks and a person's verdicts; out, what may be learnt from."""
 
 
+rule write_verdicts:
+    """Write a person's verdicts on the masks of one audit, so that a new one reruns that audit."""
+    output:
+        verdicts="results/{experiment}/cotrain/round-{round}/audit/verdicts_{network}.txt",
+    log:
+        "logs/{experiment}/cotrain/round-{round}/verdicts_{network}.log",
+    conda:
+        "../../envs/cotrain.yaml"
+    params:
+        # The rows, not the table: it would make every audit anew, and train every round again.
+        text=verdicts_as_text,
+    shell:
+        "printf '%s' {params.text:q} > {output.verdicts:q} 2> {log:q}"
+
+
 rule audit:
     """Decide which masks this network may learn from in this round, and with which weight."""
     input:
@@ -9,6 +24,7 @@ rule audit:
         cases="results/{experiment}/cases/unlabelled.tsv",
         plans="results/{experiment}/preprocessed/plans.json",
         corrected=corrected_masks_for,
+        verdicts="results/{experiment}/cotrain/round-{round}/audit/verdicts_{network}.txt",
     output:
         table="results/{experiment}/cotrain/round-{round}/audit/train_{network}.tsv",
     log:
@@ -19,16 +35,13 @@ rule audit:
         "../../envs/cotrain.yaml"
     threads: 1
     resources:
-        mem_mb=4000,
+        mem_mb=memory(4000),
         runtime=120,
     params:
         masks=lambda wildcards, input: folders_of(input.manifests),
         source_masks=lambda wildcards, input: folders_of(input.source_manifests),
         labels=labels_of,
         preprocessed=subpath(input.plans, parent=True),
-        # The rows, not the file: a verdict on round 02 then makes anew what round 02 taught. A
-        # newer input file would make every audit anew, and train every round again.
-        verdicts=verdicts_as_text,
         review=review_for,
     shell:
         r"""
@@ -69,7 +82,7 @@ rule draw_audit_page:
         "../../envs/cotrain.yaml"
     threads: 1
     resources:
-        mem_mb=4000,
+        mem_mb=memory(4000),
         runtime=60,
     params:
         labels=labels_of,

@@ -4,14 +4,18 @@ Everything here is looked up by the wildcard {experiment}, and rounds are text (
 in the paths. A network is *taught* in a round where it also learns from masks of unlabelled cases.
 """
 
+import json
 import os
 import shlex
+import socket
 
 from cotrain.cases import SPLITS, read_cases
 from cotrain.errors import InputError
 from cotrain.experiments import experiments_of
-from cotrain.files import read_table
+from cotrain.files import read_table, write_json
 from cotrain.settings import as_yaml
+from cotrain.slurm import cancel, jobs_left_behind
+from cotrain.workfolder import may_live, owner_here
 from snakemake.exceptions import WorkflowError
 
 
@@ -52,6 +56,11 @@ def checked_cases():
             )
         if settings.pool == "transductive":
             rows["unlabelled"] = table[table["split"] != "labelled"]
+        if experiment in GROUPS and (rows["test"]["label"] == "").all():
+            raise InputError(
+                f"{experiment} has no test case with a label, and cannot be compared; give it one "
+                f"in {settings.cases}, or leave it out of {config['experiments']}."
+            )
         cases[experiment] = rows
     return cases
 
@@ -534,14 +543,46 @@ def everything_asked_for(wildcards):
     return files
 
 
+def take_over_from_a_dead_command():
+    """Cancel jobs in the cluster's queue that a command in this folder left behind.
+
+    One that starts late would remove what was finished without it. Those that train go on from
+    their last epoch. Refused where another command for these experiments lives on this machine.
+    """
+    names = [*SETTINGS, *([config["experiment"]] if GROUPS else [])]
+    for name in names:
+        notice = Path(".snakemake", f"command-{name}.json")
+        if notice.is_file():
+            other = json.loads(notice.read_text())
+            if other["host"] == socket.gethostname() and may_live(other):
+                raise WorkflowError(
+                    f"Another command for {name} runs in this folder (process {other['pid']}); "
+                    "wait for its end, or end it and type this again."
+                )
+        write_json(owner_here(), notice)
+    if workflow.executor_plugin.common_settings.non_local_exec:
+        jobs = jobs_left_behind(os.getcwd(), names)
+        if jobs:
+            logger.warning(
+                f"Cancelling SLURM jobs {', '.join(jobs)}, which an earlier command in this folder "
+                "left behind; unfinished work goes on from its last epoch or case."
+            )
+            trouble = cancel(jobs)
+            if trouble:
+                raise WorkflowError(
+                    f"The SLURM jobs {' '.join(jobs)} of an earlier command could not be cancelled "
+                    f"({trouble}); cancel them, then type this again."
+                )
+
+
 def compared_scores(wildcards):
     """Return the tables of scores of all experiments in the table."""
     return [table for experiment in GROUPS for table in evaluations_of(experiment)]
 
 
 def compared_experiments(wildcards):
-    """Return group:folder of each experiment in the table."""
-    return [f"{group}:results/{name}" for name, group in GROUPS.items()]
+    """Return group:experiment of each experiment in the table."""
+    return [f"{group}:{name}" for name, group in GROUPS.items()]
 
 
 def last_checkpoint(wildcards):
@@ -567,6 +608,11 @@ def gpus_wanted(wildcards):
     simply runs on the CPU where there is no GPU.
     """
     return 0 if settings_of(wildcards).compute.device == "cpu" else 1
+
+
+def memory(mem_mb):
+    """Return a function for the main memory of a job, in MB; a retry asks for more."""
+    return lambda wildcards, attempt: attempt * mem_mb
 
 
 def network_mem_mb(wildcards, attempt):

@@ -61,7 +61,7 @@ rule merge_test_masks:
         "../../envs/cotrain.yaml"
     threads: 1
     resources:
-        mem_mb=4000,
+        mem_mb=memory(4000),
         runtime=240,
     params:
         masks=lambda wildcards, input: folders_of(input.manifests),
@@ -101,7 +101,7 @@ rule evaluate:
         "../../envs/cotrain.yaml"
     threads: 1
     resources:
-        mem_mb=4000,
+        mem_mb=memory(4000),
         runtime=120,
     params:
         masks=lambda wildcards, input: folders_of(input.manifests),

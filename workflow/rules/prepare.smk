@@ -42,7 +42,7 @@ rule check_data:
         "../../envs/cotrain.yaml"
     threads: 4
     resources:
-        mem_mb=4000,
+        mem_mb=memory(4000),
         runtime=120,
     params:
         data_folder=data_folder_of,
@@ -82,7 +82,7 @@ rule plan:
         "../../envs/cotrain.yaml"
     threads: 4
     resources:
-        mem_mb=8000,
+        mem_mb=memory(8000),
         runtime=120,
     params:
         out_dir=subpath(output.plans, parent=True),
@@ -113,7 +113,7 @@ rule preprocess:
         "../../envs/cotrain.yaml"
     threads: 4
     resources:
-        mem_mb=lambda wildcards, attempt: 8000 * attempt,
+        mem_mb=memory(8000),
         runtime=240,
     params:
         preprocessed=subpath(input.plans, parent=True),
@@ -151,7 +151,7 @@ rule fetch_weights:
         "../../envs/cotrain.yaml"
     threads: 1
     resources:
-        mem_mb=4000,
+        mem_mb=memory(4000),
         runtime=60,
     params:
         encoder=lambda wildcards: settings_of(wildcards).network_2d.encoder,

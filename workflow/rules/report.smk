@@ -40,7 +40,7 @@ rule summarise:
         "../../envs/cotrain.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
+        mem_mb=memory(2000),
         runtime=30,
     params:
         # Lists of files can be empty, and a bare option would take the next word for its value.
@@ -86,7 +86,7 @@ rule draw_montage:
         "../../envs/cotrain.yaml"
     threads: 1
     resources:
-        mem_mb=4000,
+        mem_mb=memory(4000),
         runtime=30,
     params:
         truth=lambda wildcards, input: option("--truth", input.truth),
@@ -129,7 +129,7 @@ rule export:
         "../../envs/cotrain.yaml"
     threads: 1
     resources:
-        mem_mb=4000,
+        mem_mb=memory(4000),
         runtime=30,
     params:
         preprocessed=subpath(input.plans, parent=True),
@@ -149,7 +149,7 @@ rule export:
 rule compare:
     """Put the experiments of a table beside each other, with means over seeds or labelled sets."""
     input:
-        compared_scores,
+        evaluation=compared_scores,
     output:
         text=report(
             "results/{comparison}/comparison/comparison.txt",
@@ -172,7 +172,7 @@ rule compare:
         "../../envs/cotrain.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
+        mem_mb=memory(2000),
         runtime=30,
     params:
         experiments=compared_experiments,
@@ -181,6 +181,7 @@ rule compare:
         r"""
         cotrain compare \
             --experiments {params.experiments:q} \
+            --evaluation {input.evaluation:q} \
             --out-dir {params.out_dir:q} \
             >{log:q} 2>&1
         """
