@@ -2,7 +2,7 @@
 
 Needs Debian's slurmctld, slurmd, slurm-client and munge, and root, which starts the nodes. Each
 node has a host name of its own, in namespaces of its own, so that jobs take each other for
-processes of other machines. Nothing outside the folder is written; every process is ended by its pid.
+processes of other machines. Nothing outside the folder is written; every process is ended by pid.
 """
 
 import contextlib
