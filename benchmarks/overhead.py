@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("experiment", help="its name; it must have been run by one command")
+    parser.add_argument("experiments", nargs="+", help="all that were run by one command")
     parser.add_argument("--folder", type=Path, default=Path(), help="where it was run")
     arguments = parser.parse_args()
     log = max(arguments.folder.glob(".snakemake/log/*.snakemake.log"), key=lambda path: path.name)
@@ -43,12 +43,17 @@ def main() -> None:
     )
     wall = 3600 * hours + 60 * minutes + seconds
     own = []
-    for table in (arguments.folder / "benchmarks" / arguments.experiment).glob("**/*.tsv"):
+    tables = [
+        table
+        for experiment in arguments.experiments
+        for table in (arguments.folder / "benchmarks" / experiment).glob("**/*.tsv")
+    ]
+    for table in tables:
         end = table.stat().st_mtime
         if end >= began:
             own.append((end - float(read_table(table)["s"][0]), end))
     if not own:
-        sys.exit(f"{log} is of a run without finished steps of {arguments.experiment}.")
+        sys.exit(f"{log} is of a run without finished steps of these experiments.")
     covered = covered_seconds(own)
     lasted = [high - low for low, high in own]
     print(

@@ -29,6 +29,8 @@ from cotrain.summary import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+COMPARISONS = (("3d", "3d"), ("2d", "2d"), ("mean", "mean"), ("3d", "mean"))
+"""Networks whose gain is told: a co-trained one over one trained on labels only."""
 METHODS = [(arm, network) for arm in (CO_TRAINED, CONTROL) for network in NETWORK_WORDS]
 
 
@@ -83,9 +85,9 @@ def text_of(table: pd.DataFrame) -> str:
         cells = [_mean_and_sd(100 * members[column]) for column, _ in named]
         means.append([str(group), str(len(members)), *cells])
         sentences += [
-            _gain_sentence(str(group), members, baseline)
-            for baseline in (f"{CONTROL}_3d", f"{CONTROL}_mean")
-            if f"{CO_TRAINED}_3d" in members and baseline in members
+            _gain_sentence(str(group), members, network, baseline)
+            for network, baseline in COMPARISONS
+            if {f"{CO_TRAINED}_{network}", f"{CONTROL}_{baseline}"} <= set(members)
         ]
     parts.append("Mean ± standard deviation over experiments\n\n" + aligned(means))
     parts.append("\n".join(sentences))
@@ -123,11 +125,11 @@ def _mean_and_sd(values: pd.Series) -> str:
     return f"{values.mean():.1f}" + ("" if math.isnan(deviation) else f" ± {deviation:.1f}")
 
 
-def _gain_sentence(group: str, members: pd.DataFrame, baseline: str) -> str:
+def _gain_sentence(group: str, members: pd.DataFrame, network: str, baseline: str) -> str:
     by_name = members.set_index("experiment")
-    gain = paired_gain(by_name[f"{CO_TRAINED}_3d"], by_name[baseline])
-    over = _words(*baseline.rsplit("_", 1))
-    start = f"{group}: co-trained 3D - {over} = {100 * gain.mean:+.1f} points"
+    gain = paired_gain(by_name[f"{CO_TRAINED}_{network}"], by_name[f"{CONTROL}_{baseline}"])
+    of, over = _words(CO_TRAINED, network), _words(CONTROL, baseline)
+    start = f"{group}: {of} - {over} = {100 * gain.mean:+.1f} points"
     if gain.cases == 1:
         return f"{start}, from one experiment."
     interval = f"95 % interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f}"
