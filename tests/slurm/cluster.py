@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare", "setpriv")
 ACCOUNTING_PROGRAMS = ("slurmdbd", "mariadbd", "mariadb-install-db", "mariadb")
 CLIENTS = ("sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo", "sacct", "sacctmgr")
 # Debian puts daemons where only root's PATH leads.
@@ -198,10 +198,12 @@ class Cluster:
         program = shutil.which(str(words[0]), path=DAEMON_PATH)
         rename = f'hostname {host} && mount --bind {self.folder}/hosts /etc/hosts && exec "$@"'
         renamed = ["unshare", "--uts", "--mount", "sh", "-c", rename, "sh"]
+        arguments = list(map(str, words[1:]))
         log = open(self.folder / "daemons.log", "ab")  # noqa: SIM115
         self._processes.append(
             subprocess.Popen(
-                [*(renamed if host else []), program, *map(str, words[1:])],
+                # Ends with this process, whatever ends that.
+                ["setpriv", "--pdeathsig", "TERM", *(renamed if host else []), program, *arguments],
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
