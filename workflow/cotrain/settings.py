@@ -367,7 +367,11 @@ def _sentence(problem: dict, model: type[Section]) -> str:
     if problem["type"] == "missing":
         return f"the setting `{key}` is missing; add it"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{message}" if not key else f"`{key}` is {problem['input']!r}: {message}"
+    if not key or problem["type"] == "value_error":
+        return message if not key else f"`{key}` is {problem['input']!r}: {message}"
+    return (
+        f"`{key}` is {problem['input']!r}: {message}; correct it (config/README.md says what it is)"
+    )
 
 
 def _keys_beside(location: tuple, model: type[Section]) -> set[str]:
