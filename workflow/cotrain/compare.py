@@ -110,6 +110,7 @@ def draw(table: pd.DataFrame) -> "Figure":
         axes.plot(places, gains, "o", color=colour, label=NETWORK_WORDS[network])
     axes.axhline(0, color="black", linewidth=1)
     axes.set_xticks(range(len(groups)), groups)
+    axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.set_ylabel("co-trained - labels only, points of Dice")
     axes.grid(axis="y", alpha=0.3)
     axes.legend()
