@@ -30,6 +30,8 @@ class Project:
         """Type `snakemake --profile slurm` and return the controller, in a group of its own."""
         # Short looks at the queue, because jobs are short; all else is as in the profile.
         words = [
+            # Tests that were started in the background have SIGINT ignored, and pass that on.
+            *("env", "--default-signal=INT"),
             *(sys.executable, "-m", "snakemake", "--profile", "slurm"),
             *options,
             *("--configfile", "settings.yaml", "--set-threads", "train=1", "infer_pseudo_masks=1"),
