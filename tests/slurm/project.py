@@ -72,7 +72,7 @@ class Project:
         """Wait until the training has finished so many epochs."""
         wait_until(
             lambda: self.epochs_done() >= count,
-            seconds=120,
+            seconds=300,
             what=f"{count} epochs in {self.folder}",
         )
 

@@ -26,7 +26,7 @@ def test_training_gets_a_gpu_and_preprocessing_none(project, site):
     job = project.job()["id"]
     lock = json.loads((project.folder / TRAINED.parent / "work/step.lock").read_text())
     environment = Path(f"/proc/{lock['pid']}/environ").read_text().split("\0")
-    assert controller.wait(200) == 0, project.said()[-3000:]
+    assert controller.wait(600) == 0, project.said()[-3000:]
     train = project.cluster.job(job)
     assert train["Partition"] == "gpu"
     assert lock["node"] == train["NodeList"] in ("gpu1", "gpu2")
@@ -82,7 +82,7 @@ def test_a_cluster_with_accounting(planned_project, undisturbed, tmp_path):
             controller = project.start(TRAINED)
             project.wait_for_epochs(3)
             accounting.run("scancel", project.job()["id"])
-            assert controller.wait(300) == 0, project.said()[-3000:]
+            assert controller.wait(600) == 0, project.said()[-3000:]
             states = accounting.run("sacct", "--allusers", "-X", "-n", "-P", "--format=State")
             assert [state.split()[0] for state in states.splitlines()] == ["CANCELLED", "COMPLETED"]
             assert project.fingerprint().items() <= undisturbed.fingerprint().items()

@@ -39,7 +39,7 @@ def test_a_job_that_fails_is_tried_again(project, undisturbed, number):
     project.wait_for_epochs(3)
     # KILL: without a chance to tidy up. USR1: what clusters send ahead of a time limit.
     project.cluster.run("scancel", f"--signal={number}", f"{project.job()['id']}.0")
-    assert controller.wait(300) == 0, project.said()[-3000:]
+    assert controller.wait(600) == 0, project.said()[-3000:]
     assert len(ends_of(project)) == 2
     assert "Trying to restart job" in project.said()
     ends_as_undisturbed(project, undisturbed, epochs_kept=[3])
@@ -49,7 +49,7 @@ def test_a_cancelled_job_is_tried_again(project, undisturbed):
     controller = project.start(TRAINED)
     project.wait_for_epochs(3)
     project.cluster.run("scancel", project.job()["id"])
-    assert controller.wait(300) == 0, project.said()[-3000:]
+    assert controller.wait(600) == 0, project.said()[-3000:]
     assert [job["JobState"] for job in ends_of(project)] == ["CANCELLED", "COMPLETED"]
     ends_as_undisturbed(project, undisturbed, epochs_kept=[3])
 
@@ -58,7 +58,7 @@ def test_a_requeued_job_goes_on(project, undisturbed):
     controller = project.start(MASKS)
     project.wait_for_epochs(3)
     project.cluster.run("scontrol", "requeue", project.job()["id"])
-    assert controller.wait(300) == 0, project.said()[-3000:]
+    assert controller.wait(600) == 0, project.said()[-3000:]
     train, _ = ends_of(project)
     assert train["Restarts"] == "1"
     assert "Trying to restart job" not in project.said()
@@ -72,8 +72,8 @@ def test_a_preempted_job_goes_on(project, undisturbed):
         *("sbatch", "--parsable", "--partition=urgent", "--cpus-per-task=8", "--mem=1000"),
         *("--output=/dev/null", "--wrap", "sleep 15"),
     )
-    wait_until(lambda: project.job()["state"] == "PENDING", seconds=60, what="a preempted job")
-    assert controller.wait(300) == 0, project.said()[-3000:]
+    wait_until(lambda: project.job()["state"] == "PENDING", seconds=180, what="a preempted job")
+    assert controller.wait(600) == 0, project.said()[-3000:]
     (train,) = ends_of(project)
     assert train["Restarts"] == "1"
     assert project.cluster.job(urgent)["JobState"] == "COMPLETED"
@@ -87,7 +87,7 @@ def test_a_job_goes_on_on_another_node_after_its_own_was_down(project, undisturb
     # A node that answers is not down for long; drained, it gets no new job.
     for state in ("down", "drain"):
         project.cluster.run("scontrol", "update", f"node={node}", f"state={state}", "reason=test")
-    assert controller.wait(300) == 0, project.said()[-3000:]
+    assert controller.wait(600) == 0, project.said()[-3000:]
     project.cluster.run("scontrol", "update", f"node={node}", "state=resume")
     (train,) = ends_of(project)
     assert train["Restarts"] == "1"
@@ -114,10 +114,10 @@ def test_inference_goes_on_with_the_next_case(project, undisturbed):
         shutil.copytree(undisturbed.folder / MASKS.parents[1] / name, path)
     controller = project.start(MASKS)
     finished = project.folder / MASKS.parent / "work/shard-0.finished.jsonl"
-    wait_until(finished.is_file, seconds=120, what="a case")
+    wait_until(finished.is_file, seconds=300, what="a case")
     project.cluster.run("scancel", project.job("infer_pseudo_masks")["id"])
     seen = len(finished.read_text().splitlines())
-    assert controller.wait(300) == 0, project.said()[-3000:]
+    assert controller.wait(600) == 0, project.said()[-3000:]
     _, *starts = (finished.with_name("shard-0.starts.tsv")).read_text().splitlines()
     first, second = (int(line.split("\t")[-1]) for line in starts)
     assert first == 0
@@ -134,7 +134,7 @@ def test_sigint_cancels_the_jobs_and_the_same_command_goes_on(project, undisturb
     controller = project.start(TRAINED)
     project.wait_for_epochs(3)
     project.kill(controller, signal.SIGINT)
-    wait_until(lambda: not project.jobs(), seconds=60, what="cancelled jobs")
+    wait_until(lambda: not project.jobs(), seconds=180, what="cancelled jobs")
     project.run(TRAINED)
     ends_as_undisturbed(project, undisturbed, epochs_kept=[3])
 
@@ -164,7 +164,7 @@ def test_the_command_typed_again_after_sigkill_takes_the_old_job_over(project, u
 def test_a_job_that_waits_in_the_queue_of_a_dead_command_never_starts(project, undisturbed):
     project.cluster.run("scontrol", "update", "partitionname=cpu", "state=down")
     controller = project.start(TRAINED)
-    wait_until(project.jobs, seconds=60, what="a pending job")
+    wait_until(project.jobs, seconds=180, what="a pending job")
     project.kill(controller, signal.SIGKILL)
     project.cluster.run("scontrol", "update", "partitionname=cpu", "state=up")
     project.run(TRAINED)
@@ -175,11 +175,11 @@ def test_a_job_that_waits_in_the_queue_of_a_dead_command_never_starts(project, u
 def test_a_second_command_beside_a_living_one_is_refused(project, undisturbed):
     controller = project.start(TRAINED)
     project.wait_for_epochs(1)
-    assert project.start(TRAINED).wait(60) == 1
+    assert project.start(TRAINED).wait(180) == 1
     assert f"Another command for tiny runs in this folder (process {controller.pid})" in (
         project.said()
     )
-    assert controller.wait(300) == 0, project.said()[-3000:]
+    assert controller.wait(600) == 0, project.said()[-3000:]
     assert len(ends_of(project)) == 1
     ends_as_undisturbed(project, undisturbed, epochs_kept=[])
 
@@ -204,7 +204,7 @@ def long_training(planned_project, cluster, tmp_path):
 
     yield lengthen
     for controller in controllers:
-        assert controller.wait(300) == 0, undisturbed.said()[-3000:]
+        assert controller.wait(600) == 0, undisturbed.said()[-3000:]
 
 
 def test_a_training_of_five_allocations_costs_no_retry(project, long_training):
@@ -259,7 +259,7 @@ def test_a_time_limit_that_nobody_foresaw_is_survived_twice(project, long_traini
             what="a time limit",
         )
         kept.append(project.epochs_done())
-    assert controller.wait(400) == 0, project.said()[-3000:]
+    assert controller.wait(600) == 0, project.said()[-3000:]
     assert [job["JobState"] for job in ends_of(project)] == ["TIMEOUT", "TIMEOUT", "COMPLETED"]
     first, *resumed = project.starts()
     assert first == 0

@@ -104,7 +104,7 @@ def test_a_job_knows_its_end(cluster, tmp_path):
             f"srun {sys.executable} -c 'from cotrain import slurm; print(slurm.own_end())'",
         ),
     )
-    wait_until(lambda: cluster.job(job)["JobState"] == "COMPLETED", seconds=60, what="a job")
+    wait_until(lambda: cluster.job(job)["JobState"] == "COMPLETED", seconds=180, what="a job")
     end = float((tmp_path / "out").read_text())
     assert end == pytest.approx(time.time() + 7 * 60, abs=60)
 
