@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cotrain.errors import InputError
-from cotrain.workfolder import HEARTBEAT_LIFETIME, WorkFolder
+from cotrain.workfolder import HEARTBEAT_LIFETIME, WorkFolder, owner_here
 
 HOLDER = """
 import sys, time
@@ -124,6 +124,51 @@ def test_work_of_another_identity_is_not_resumable(tmp_path):
         assert work.resumable
     with WorkFolder(tmp_path, {"seed": 2}) as work:
         assert not work.resumable
+
+
+def test_work_begun_on_another_device_is_refused_and_kept(tmp_path):
+    begun = {"seed": 1, "device": "cuda", "precision": "fp16"}
+    with WorkFolder(tmp_path, begun) as work:
+        work.claim(done=0)
+    sentence = "was done with cuda fp16, but this process would go on with cpu bf16"
+    here = {**begun, "device": "cpu", "precision": "bf16"}
+    with pytest.raises(InputError, match=sentence), WorkFolder(tmp_path, here):
+        pass
+    assert not (tmp_path / "step.lock").exists()
+    with WorkFolder(tmp_path, begun) as work:
+        assert work.resumable
+    # With other settings it is other work, whatever the device.
+    with WorkFolder(tmp_path, {**here, "seed": 2}) as work:
+        assert not work.resumable
+
+
+def test_every_process_that_worked_on_it_is_noted(tmp_path):
+    for done in (0, 3):
+        with WorkFolder(tmp_path, {"seed": 1}) as work:
+            work.claim(done=done)
+    header, *rows = (tmp_path / "step.starts.tsv").read_text().splitlines()
+    assert header.split("\t")[-1] == "done"
+    assert [row.split("\t")[-1] for row in rows] == ["0", "3"]
+    with WorkFolder(tmp_path, {"seed": 2}) as work:
+        work.claim(done=0)
+    assert len((tmp_path / "step.starts.tsv").read_text().splitlines()) == 2
+
+
+def test_of_two_that_find_a_dead_lock_the_second_does_not_clear_the_firsts(tmp_path, monkeypatch):
+    lock = tmp_path / "step.lock"
+    dead = {"host": socket.gethostname(), "pid": 1, "born": "0", "slurm_job": "", "cluster": ""}
+    lock.write_text(json.dumps(dead | {"heartbeat": time.time()}))
+    rename = os.rename
+
+    def rename_after_the_other_was_faster(source, target):
+        lock.write_text(json.dumps(owner_here() | {"heartbeat": time.time()}))
+        rename(source, target)
+
+    monkeypatch.setattr("cotrain.workfolder.os.rename", rename_after_the_other_was_faster)
+    with pytest.raises(InputError, match="is being written by"), WorkFolder(tmp_path, {}):
+        pass
+    assert json.loads(lock.read_text())["pid"] == os.getpid()
+    assert [path.name for path in tmp_path.iterdir()] == ["step.lock"]
 
 
 def test_an_error_is_kept_until_the_step_is_tried_again(tmp_path):
