@@ -44,7 +44,9 @@ def work_in(folder, done, total, unit, *, name="step", seconds_ago=0):
     lock = folder / "work" / f"{name}.lock"
     # As another machine sees it, which has but the heartbeat to go by.
     owner = json.loads(lock.read_text())
-    lock.write_text(json.dumps(owner | {"host": "elsewhere", "heartbeat": NOW - seconds_ago}))
+    # The clock goes on while the other tests run; NOW was read when they were collected.
+    heard = time.time() - seconds_ago
+    lock.write_text(json.dumps(owner | {"host": "elsewhere", "heartbeat": heard}))
     os.utime(lock, (NOW - seconds_ago, NOW - seconds_ago))
 
 
@@ -237,7 +239,7 @@ def test_what_runs_is_shown_with_its_job_its_allocation_and_its_log(tmp_path, mo
     stage = tmp_path / "results/heart/cotrain/round-00/train_2d"
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setenv("SLURMD_NODENAME", "gpu7")
-    monkeypatch.setattr("cotrain.slurm.own_end", lambda: NOW + 34 * 60)
+    monkeypatch.setattr("cotrain.slurm.own_end", lambda: time.time() + 34 * 60)
     for done in (2, 3):
         work_in(stage, done, 10, "epochs")
         (stage / "work/step.lock").rename(stage / "work/kept")
@@ -248,7 +250,7 @@ def test_what_runs_is_shown_with_its_job_its_allocation_and_its_log(tmp_path, mo
         tmp_path / "results/heart",
         benchmarks=tmp_path / "benchmarks/heart",
         logs=tmp_path / "logs/heart",
-        now=NOW,
+        now=time.time(),
     )
     assert (
         "  cotrain/round-00/train_2d: running (epoch 3 of 10, 2 min left)\n"
