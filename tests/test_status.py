@@ -74,7 +74,7 @@ def test_a_training_heard_of_just_now_is_running(tmp_path):
 
 def test_a_step_whose_process_has_died_on_this_machine_is_interrupted_at_once(tmp_path):
     work_in(tmp_path / "train_2d", 3, 10, "epochs")
-    lock = tmp_path / "train_2d/work/step.lock"
+    lock = tmp_path / "train_2d" / "work" / "step.lock"
     owner = json.loads(lock.read_text()) | {"host": socket.gethostname()}
     lock.write_text(json.dumps(owner))
     assert state(tmp_path / "train_2d").kind == "running"
@@ -109,7 +109,7 @@ def test_a_failed_step_shows_the_first_line_of_its_error(tmp_path):
 
 
 def test_a_file_that_is_just_being_written_is_no_sign(tmp_path):
-    write(tmp_path / "train_2d/work/.writing-7-step.progress.json", '{"epo')
+    write(tmp_path / "train_2d" / "work" / ".writing-7-step.progress.json", '{"epo')
     assert state(tmp_path / "train_2d") == State("waiting")
 
 
@@ -171,7 +171,10 @@ def experiment(tmp_path):
             "t1\torgan\t0.8\t0.7\t1\t1\t1\t1\nt2\torgan\t0.7\t0.5\t1\t1\t1\t1\n",
         )
     work_in(folder / "cotrain/round-01/train_2d", 3, 10, "epochs", seconds_ago=20)
-    write(folder / "labels_only/round-00/train_3d/work/step.error.txt", "KilledWorker: no memory\n")
+    write(
+        folder / "labels_only/round-00/train_3d" / "work" / "step.error.txt",
+        "KilledWorker: no memory\n",
+    )
     write(tmp_path / "benchmarks/demo/cotrain/round-00/train_2d.tsv", "s\th:m:s\n3725.5\t1:02:05\n")
     write(tmp_path / "logs/demo/plan.log")
     return tmp_path
@@ -200,7 +203,7 @@ def test_the_status_has_a_line_per_arm_and_round(experiment, capsys):
 def test_a_control_waits_for_no_round_00_that_it_shares_whole(experiment):
     folder = experiment / "results/demo"
     write(folder / "settings/train_3d.yaml", "cotraining:\n  first_teacher: both_labels_only\n")
-    (folder / "labels_only/round-00/train_3d/work/step.error.txt").unlink()
+    (folder / "labels_only/round-00/train_3d" / "work" / "step.error.txt").unlink()
     (folder / "labels_only/round-00/train_3d/work").rmdir()
     (folder / "labels_only/round-00/train_3d").rmdir()
     text = status_text(folder, benchmarks=experiment / "b", logs=experiment / "l", now=NOW)

@@ -115,12 +115,12 @@ def kill_when(folder: Path, sign: str) -> bool:
 def test_a_run_killed_in_every_stage_ends_in_the_same_bits(undisturbed, tmp_path, tiny):
     # Without test cases the control is left out; co-training does not depend on it.
     write_settings(tmp_path, tiny, splits=("labelled", "unlabelled"))
-    results = "results/tiny"
+    results, latest = "results/tiny", os.path.join("work", "latest.pth")
     for sign in (
         f"{results}/preprocessed/unlabelled/*.pkl",
-        f"{results}/cotrain/round-00/train_2d/work/latest.pth",
+        f"{results}/cotrain/round-00/train_2d/{latest}",
         f"{results}/cotrain/round-00/pseudo_2d/*.nii.gz",
-        f"{results}/cotrain/round-01/train_3d/work/latest.pth",
+        f"{results}/cotrain/round-01/train_3d/{latest}",
     ):
         assert kill_when(tmp_path, sign), f"the run was over before {sign}"
     done = subprocess.run(command(tmp_path), env=environment(), capture_output=True, text=True)

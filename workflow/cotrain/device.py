@@ -7,6 +7,7 @@ import socket
 import torch
 from torch import nn
 
+from cotrain import slurm
 from cotrain.errors import InputError
 from cotrain.settings import Compute
 
@@ -27,7 +28,7 @@ def device_of(compute: Compute) -> torch.device:
             "install a CUDA build of torch, or set compute.device to auto or cpu."
         )
     given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if os.environ.get("SLURM_JOB_ID") and given not in ("", "-1", "NoDevFiles"):
+    if slurm.own_job() and given not in ("", "-1", "NoDevFiles"):
         raise InputError(
             f"SLURM gave this job the GPU {given} of {socket.gethostname()}, but torch sees none; "
             "look at nvidia-smi there and at torch.version.cuda, exclude that node, or set "

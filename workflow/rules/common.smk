@@ -507,39 +507,22 @@ def masks_in_montage(wildcards, input):
     return named
 
 
-SUMMARY = (
-    "summary.txt",
-    "scores.tsv",
-    "dice_per_round.png",
-    "training_curves.png",
-    "montage.png",
-)
-MODEL_FOLDER = "Dataset001_cotrain/nnUNetTrainer__nnUNetPlans__3d_fullres"
-MODEL = (
-    "provenance.json",
-    f"{MODEL_FOLDER}/plans.json",
-    f"{MODEL_FOLDER}/dataset.json",
-    f"{MODEL_FOLDER}/dataset_fingerprint.json",
-    f"{MODEL_FOLDER}/fold_all/checkpoint_final.pth",
-)
-
-
 def everything_asked_for(wildcards):
     """Return the last files of every chain; all others are made on the way."""
     files = []
     for experiment in SETTINGS:
-        results = f"results/{experiment}"
         files += [
-            f"{results}/cases/dataset_report.html",
-            *(f"{results}/summary/{name}" for name in SUMMARY),
-            *(f"{results}/model/{name}" for name in MODEL),
+            f"results/{experiment}/cases/dataset_report.html",
+            *expand(rules.summarise.output, experiment=experiment),
+            *expand(rules.draw_montage.output, experiment=experiment),
+            *expand(rules.export.output, experiment=experiment),
             # Not only the pages: a table that a failed audit left out would not be missed.
             *audits_of(experiment, ".tsv"),
             *audits_of(experiment, ".html"),
             *pseudo_masks_of(experiment, rounds_of(experiment)),
         ]
     if GROUPS:
-        files.append(f"results/{config['experiment']}/comparison/comparison.txt")
+        files += expand(rules.compare.output, comparison=config["experiment"])
     return files
 
 
