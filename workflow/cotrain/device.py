@@ -6,6 +6,7 @@ import socket
 
 import torch
 from torch import nn
+from torch.nn.functional import batch_norm
 
 from cotrain import slurm
 from cotrain.errors import InputError
@@ -69,6 +70,22 @@ class _FullPrecision:
             return super().forward(features.float())
 
 
+class _SampleBySample:
+    """Mixed into an instance norm's class: normalises each sample as a batch of its own.
+
+    The same function. torch's instance norm takes volumes of the channels-last layout only by
+    copying them to the plain one and back; its batch norm takes them as they are.
+    """
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return torch.cat(
+            [
+                batch_norm(each, None, None, self.weight, self.bias, training=True, eps=self.eps)
+                for each in features.split(1)
+            ]
+        )
+
+
 def arrange_for_cpu(network: nn.Module) -> None:
     """Arrange a network so that a CPU trains it fastest; what it computes stays the same.
 
@@ -79,13 +96,8 @@ def arrange_for_cpu(network: nn.Module) -> None:
     layout = torch.channels_last_3d if volumes else torch.channels_last
     network.to(memory_format=layout)
     for module in network.modules():
-        if isinstance(module, nn.InstanceNorm3d):
-            # It gives plain volumes, and operations between the two layouts are slow.
-            module.register_forward_hook(_as_channels_last_3d)
+        kind = type(module)
+        if isinstance(module, nn.InstanceNorm3d) and not module.track_running_stats:
+            module.__class__ = type(f"SampleBySample{kind.__name__}", (_SampleBySample, kind), {})
         if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
-            kind = type(module)
             module.__class__ = type(f"FullPrecision{kind.__name__}", (_FullPrecision, kind), {})
-
-
-def _as_channels_last_3d(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-    return output.contiguous(memory_format=torch.channels_last_3d)

@@ -1,0 +1,27 @@
+"""What is arranged for a CPU computes the same."""
+
+import copy
+
+import torch
+from torch import nn
+
+from cotrain.device import arrange_for_cpu
+
+
+def test_an_arranged_instance_norm_is_the_same_function_and_keeps_the_layout():
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Conv3d(2, 4, 3), nn.InstanceNorm3d(4, affine=True, eps=1e-2))
+    nn.init.normal_(stock[1].weight)
+    nn.init.normal_(stock[1].bias)
+    ours = copy.deepcopy(stock)
+    arrange_for_cpu(ours)
+    # Samples of different contrast: statistics over the batch would show.
+    volumes = torch.randn(3, 2, 6, 7, 8) * torch.tensor([1.0, 5.0, 0.2]).view(3, 1, 1, 1, 1)
+    for network in (stock, ours):
+        network(volumes).square().sum().backward()
+    for theirs, mine in zip(stock.parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-3)
+    made = ours.eval()(volumes)
+    torch.testing.assert_close(made, stock.eval()(volumes))
+    assert made.is_contiguous(memory_format=torch.channels_last_3d)
+    assert ours.state_dict().keys() == stock.state_dict().keys()
