@@ -96,6 +96,13 @@ def test_a_setting_that_agrees_with_the_papers_recipe_is_accepted():
     assert check(MINIMUM | {"recipe": "paper", "cotraining": agreed}) == plain
 
 
+def test_a_network_cannot_teach_itself_before_it_was_trained():
+    with pytest.raises(InputError, match="set first_teacher to both_labels_only"):
+        check(MINIMUM | {"cotraining": {"teacher": "self"}})
+    own = {"teacher": "self", "first_teacher": "both_labels_only"}
+    assert check(MINIMUM | {"cotraining": own}).cotraining.teacher == "self"
+
+
 @pytest.mark.parametrize("more", [{}, {"recipe": "paper"}, {"data_folder": "/data", "seed": 3}])
 def test_settings_written_as_yaml_read_back_the_same(more, tmp_path):
     settings = check(MINIMUM | more)

@@ -157,7 +157,7 @@ def test_time_is_added_up_over_arms_rounds_and_shards(tmp_path):
 def experiment(tmp_path):
     """Round 00 is done and scored, round 01 runs; the control's round 00 failed."""
     folder = tmp_path / "results/demo"
-    write(folder / "settings/train_3d.yaml", "cotraining:\n  first_teacher: 2d\n")
+    write(folder / "settings/train_3d.yaml", "cotraining: {first_teacher: 2d, teacher: mean}\n")
     write(folder / "cases/unlabelled.tsv", "case\timage\tlabel\n" + "u\ti\t\n" * 4)
     write(folder / "cases/test.tsv", "case\timage\tlabel\n" + "t\ti\tl\n" * 2)
     for network in ("2d", "3d"):
@@ -202,7 +202,10 @@ def test_the_status_has_a_line_per_arm_and_round(experiment, capsys):
 
 def test_a_control_waits_for_no_round_00_that_it_shares_whole(experiment):
     folder = experiment / "results/demo"
-    write(folder / "settings/train_3d.yaml", "cotraining:\n  first_teacher: both_labels_only\n")
+    write(
+        folder / "settings/train_3d.yaml",
+        "cotraining: {first_teacher: both_labels_only, teacher: other}\n",
+    )
     (folder / "labels_only/round-00/train_3d" / "work" / "step.error.txt").unlink()
     (folder / "labels_only/round-00/train_3d/work").rmdir()
     (folder / "labels_only/round-00/train_3d").rmdir()

@@ -317,6 +317,33 @@ def test_with_both_labels_only_nobody_is_taught_in_round_00(project: Path, teach
     }
 
 
+def test_one_way_2d_teaches_and_learns_from_labels_alone(project: Path):
+    plan = planned(project, rounds=3, cotraining__teacher="2d")
+    # The 2D network of the control is the same training, and is not run again.
+    assert plan.teachers() == {
+        "cotrain/round-00/train_2d": "",
+        "cotrain/round-00/train_3d": "round-00/pseudo_2d",
+        "cotrain/round-01/train_2d": "",
+        "cotrain/round-01/train_3d": "round-01/pseudo_2d",
+        "cotrain/round-02/train_2d": "",
+        "cotrain/round-02/train_3d": "round-02/pseudo_2d",
+        "labels_only/round-00/train_3d": "",
+        "labels_only/round-01/train_3d": "",
+        "labels_only/round-02/train_3d": "",
+    }
+
+
+def test_with_teacher_self_each_network_learns_from_its_own_masks(project: Path):
+    plan = planned(
+        project, cotraining__teacher="self", cotraining__first_teacher="both_labels_only"
+    )
+    taught = {stage: masks for stage, masks in plan.teachers().items() if masks}
+    assert taught == {
+        "cotrain/round-01/train_2d": "round-00/pseudo_2d",
+        "cotrain/round-01/train_3d": "round-00/pseudo_3d",
+    }
+
+
 def test_every_round_goes_on_from_the_round_before(project: Path):
     plan = planned(project, rounds=3)
     previous = {

@@ -119,10 +119,11 @@ class Cotraining(Section):
         description="Round 00: the 2D network trains on labels and teaches 3D at once (2d), or "
         "both train on labels alone (both_labels_only, the paper's warm-up).",
     )
-    teacher: Literal["other", "mean"] = Field(
+    teacher: Literal["other", "mean", "2d", "self"] = Field(
         "mean",
-        description="A network learns from the other one's masks (the paper) or from the mean of "
-        "both networks' latest masks.",
+        description="A network learns from the other one's masks (other, the paper), from the mean "
+        "of both networks' latest masks (mean), or each from its own (self, for comparison); 2d: "
+        "3D learns from 2D, and 2D from the labels alone.",
     )
     sampling: Sampling = Sampling()
     learning_rate_restart: Share = Field(
@@ -143,6 +144,15 @@ class Cotraining(Section):
         "repeat the last one's stretch of the schedule, so that rounds can be added to a "
         "finished run without training the earlier ones again.",
     )
+
+    @model_validator(mode="after")
+    def _check_teacher(self) -> "Cotraining":
+        if self.teacher == "self" and self.first_teacher == "2d":
+            raise ValueError(
+                "teacher: self needs masks of each network's own, but first_teacher: 2d lets 2D "
+                "teach 3D at once; set first_teacher to both_labels_only"
+            )
+        return self
 
 
 PAPER = {

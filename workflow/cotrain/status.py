@@ -248,13 +248,17 @@ def _running_order(round_folder: Path) -> tuple[bool, str]:
 def _stages_of(round_folder: Path, *, tested: bool) -> list[Path]:
     """Return the stages of a round, and others that were begun in it, such as `test_mean`.
 
-    A control has no stage that it shares with the co-training: a round 00 that nobody taught.
+    A control has no stage that it shares with the co-training, because nobody taught it so far.
     """
     networks, kinds = ["2d", "3d"], ["train", "pseudo"]
     if round_folder.parent.name == CONTROL:
         kinds = ["train"]
-        if round_folder.name == "round-00":
-            networks = ["3d"] if _2d_teaches_first(round_folder.parents[1]) else []
+        cotraining = _cotraining_of(round_folder.parents[1])
+        first = round_folder.name == "round-00"
+        if first or cotraining["teacher"] == "2d":
+            networks.remove("2d")
+        if first and cotraining["first_teacher"] != "2d":
+            networks.remove("3d")
     if tested:
         kinds.append("test")
     usual = [f"{kind}_{network}" for kind in kinds for network in networks]
@@ -262,15 +266,15 @@ def _stages_of(round_folder: Path, *, tested: bool) -> list[Path]:
     return [round_folder / name for name in dict.fromkeys([*usual, *begun])]
 
 
-def _2d_teaches_first(folder: Path) -> bool:
-    """Return whether 3D is taught in round 00 already, as the settings of its training say."""
+def _cotraining_of(folder: Path) -> dict:
+    """Return who teaches whom, as the settings of the 3D network's training say."""
     path = folder / "settings" / "train_3d.yaml"
     if not path.is_file():
         raise InputError(
             f"{path} is missing, though a control was trained by it; run the workflow again, or "
             "put the file back."
         )
-    return yaml.safe_load(path.read_text())["cotraining"]["first_teacher"] == "2d"
+    return yaml.safe_load(path.read_text())["cotraining"]
 
 
 def _dice_of(evaluation: Path) -> dict[Trained, float]:

@@ -263,13 +263,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--arm",
         choices=["cotrain", "labels_only"],
         required=True,
-        help="labels_only trains the control: same steps and rates, no pseudo-masks",
+        help="arm of the experiment that this training belongs to",
     )
     parser.add_argument("--round", type=int, required=True, help="number of the round, from 0")
     parser.add_argument("--settings", type=Path, required=True, help="settings of this stage")
     parser.add_argument("--preprocessed", type=Path, required=True, help="folder of the plans")
     parser.add_argument("--labelled", type=Path, required=True, help="table of labelled cases")
-    parser.add_argument("--audit", type=Path, help="audit table of the masks that teach")
+    parser.add_argument(
+        "--audit",
+        type=Path,
+        help="audit table of the masks that teach; without it the network learns from labels "
+        "alone, in the same steps and at the same rates",
+    )
     parser.add_argument("--previous", type=Path, help="checkpoint of the round before")
     parser.add_argument("--encoder-weights", type=Path, help="pretrained weights of the encoder")
     parser.add_argument("--out-dir", type=Path, required=True, help="folder of the checkpoint")
@@ -389,7 +394,7 @@ def _train_round(
                 arguments.round,
                 labelled=labelled,
                 unlabelled=unlabelled,
-                control=arguments.arm == "labels_only",
+                control=arguments.audit is None,
             )
             work.insist()
             trainer.save(latest)

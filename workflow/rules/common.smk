@@ -127,7 +127,7 @@ def say_what_is_easily_missed():
         for row in REVIEWS[experiment]:
             unheard = int(row["round"]) == last and row["masks"] == "pseudo_3d"
             if unheard or (
-                settings.cotraining.teacher == "other" and "teacher" in row["masks"]
+                settings.cotraining.teacher != "mean" and "teacher" in row["masks"]
             ):
                 logger.warning(
                     f"{settings.review}: the verdict on {row['masks']} of {row['case']} in round "
@@ -241,17 +241,19 @@ def is_taught(experiment, arm, network, round):
     """Return whether masks of unlabelled cases teach this network in this round."""
     if arm == "labels_only":
         return False
+    cotraining = SETTINGS[experiment].cotraining
     if round == "00":
-        return network == "3d" and SETTINGS[experiment].cotraining.first_teacher == "2d"
-    return True
+        return network == "3d" and cotraining.first_teacher == "2d"
+    return network == "3d" or cotraining.teacher != "2d"
 
 
 def folder_of_round(experiment, arm, network, round):
     """Return the folder of a round in which `network` of this arm was trained.
 
-    A round 00 that nobody taught is the same training in both arms: the control reuses it.
+    A training that nobody has taught so far is the same in both arms: the control reuses it.
     """
-    if round == "00" and not is_taught(experiment, "cotrain", network, round):
+    so_far = rounds_of(experiment)[: int(round) + 1]
+    if not any(is_taught(experiment, "cotrain", network, each) for each in so_far):
         arm = "cotrain"
     return f"results/{experiment}/{arm}/round-{round}"
 
@@ -265,9 +267,12 @@ def mask_sets_behind(experiment, network, round):
     # 2D is first in a round: it learns from masks of the round before, 3D from its newest ones.
     of_2d = f"{cotrain}/round-{before if network == '2d' else round}/pseudo_2d"
     of_3d = f"{cotrain}/round-{before}/pseudo_3d"
-    if SETTINGS[experiment].cotraining.teacher == "mean":
+    teacher = SETTINGS[experiment].cotraining.teacher
+    if teacher == "mean":
         return [of_2d, of_3d]
-    return [of_3d] if network == "2d" else [of_2d]
+    if teacher == "2d" or (network == "2d") == (teacher == "self"):
+        return [of_2d]
+    return [of_3d]
 
 
 def mask_set_teaching(wildcards):
