@@ -1,12 +1,14 @@
 # make demo: set up, make the demo's data, run everything, print the table.
 # make test: set up and run all tests that a fresh machine can.
+# make bench-accuracy DATA=left_atrium DATA_FOLDER=/path/to/LeftAtrium_1.25mm: train and score what is
+#   missing of the benchmark (hours), and redraw docs/accuracy.md; OPTIONS="--sets 0 --experiments own"
 PYTHON ?= python3
 VENV ?= .venv
 CORES ?= all
 BIN := $(VENV)/bin
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: demo test lint schema clean
+.PHONY: demo test lint bench-accuracy schema clean
 
 demo: $(VENV)/ready
 	$(RUN) cotrain make-demo-data --folder data/demo
@@ -26,6 +28,10 @@ lint: $(VENV)/ready
 	$(RUN) ruff format --check .
 	$(RUN) snakefmt --check Snakefile workflow/rules
 	$(RUN) snakemake --lint
+
+bench-accuracy: $(VENV)/ready
+	$(RUN) python benchmarks/accuracy.py run --data $(DATA) --data-folder $(DATA_FOLDER) $(OPTIONS)
+	$(RUN) python benchmarks/accuracy.py report
 
 schema: $(VENV)/ready
 	$(BIN)/cotrain schema > config/schema.json

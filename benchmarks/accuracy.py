@@ -1,23 +1,102 @@
-"""Tables for judging methods over labelled sets: in, a case table; out, tables of experiments.
+"""Does co-training pay? In, a data set with labels for every case; out, a table that can say no.
 
-    python benchmarks/accuracy.py --cases config/cases/left_atrium_4.tsv --out data/left_atrium
-    snakemake --configfile config/left_atrium_4.yaml --set-threads train=1 --config \\
-        data_folder=/path/to/LeftAtrium_1.25mm experiment=left_atrium_sets \\
-        experiments=data/left_atrium/experiments.tsv
+    python benchmarks/accuracy.py run --data left_atrium --data-folder /path/to/LeftAtrium_1.25mm
+    python benchmarks/accuracy.py report
+
+`run` trains every method on every labelled set through the workflow, and stores the scores of each
+test case in benchmarks/accuracy.tsv and the true quality of the pseudo-masks in
+benchmarks/accuracy_masks.tsv. `report` redraws docs/accuracy.md and docs/accuracy.png from them.
 
 Which cases are labelled moves a result more than the method does, so a method is judged over sets:
 of the cases that are not for testing, in the order of their names, set k labels the k-th block of
-n. Each set has its own seed, k, the same one for every method. The workflow does all else, and
-`results/<experiment>/comparison/` says what came out.
+n, with seed k. Test cases are scored once per finished run; nothing is chosen by them.
 """
 
 import argparse
+import subprocess
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
+from cotrain import settings
 from cotrain.errors import InputError
-from cotrain.files import read_table, write_table
+from cotrain.files import read_table, write_atomically, write_table, write_text
+from cotrain.summary import paired_gain, read_evaluations
+
+CLONE = Path(__file__).parents[1]
+STORED = CLONE / "benchmarks" / "accuracy.tsv"
+STORED_MASKS = CLONE / "benchmarks" / "accuracy_masks.tsv"
+KEY = ["data", "labelled", "set", "experiment"]
+SCORES = ("dice", "jaccard", "hd95_mm", "asd_mm")
+
+
+class Method(NamedTuple):
+    """One line of the table: whose masks, of which experiment."""
+
+    words: str
+    experiment: str
+    arm: str
+    network: str
+
+
+SELF = {"cotraining.teacher": "self", "cotraining.first_teacher": "both_labels_only"}
+EXPERIMENTS: dict[str, dict[str, str]] = {
+    "own": {},
+    "other": {"cotraining.teacher": "other"},
+    "paper": {"recipe": "paper"},
+    "one_way": {"cotraining.teacher": "2d"},
+    "self": SELF,
+    "random_2d": {"network_2d.weights": "random"},
+    # As many 3D steps as take the time of everything that co-training computes.
+    "long_3d": {"training_3d.epochs_per_round": "{long}"},
+    "full": {},
+}
+"""Settings in which an experiment differs from the configuration file."""
+PEERS = {"mean_teacher": 0.8, "cross_pseudo": 0.5}
+"""Peers trained by benchmarks/peers.py, and their 3D epochs as a share of long_3d's: what its time
+allows, with the teacher's or the second network's work in each step."""
+METHODS = [
+    Method("2D, random weights, labels only", "random_2d", "labels_only", "2d"),
+    Method("2D, labels only", "own", "labels_only", "2d"),
+    Method("3D, labels only", "own", "labels_only", "3d"),
+    Method("3D, labels only, equal time", "long_3d", "labels_only", "3d"),
+    Method("mean of both, labels only", "own", "labels_only", "mean"),
+    Method("3D teaches itself", "self", "cotrain", "3d"),
+    Method("3D, mean teacher", "mean_teacher", "cotrain", "3d"),
+    Method("two 3D, cross pseudo supervision", "cross_pseudo", "cotrain", "3d"),
+    Method("3D taught by 2D, one way", "one_way", "cotrain", "3d"),
+    Method("3D, recipe: paper", "paper", "cotrain", "3d"),
+    Method("3D, each learns from the other", "other", "cotrain", "3d"),
+    Method("2D, co-trained", "own", "cotrain", "2d"),
+    Method("3D, co-trained", "own", "cotrain", "3d"),
+    Method("mean of both, co-trained", "own", "cotrain", "mean"),
+    Method("3D, all labels", "full", "labels_only", "3d"),
+]
+BASELINE, BOUND = METHODS[2], METHODS[-1]
+
+
+class Data(NamedTuple):
+    """A data set: its settings and case table, and 3D epochs a round that take equal time."""
+
+    title: str
+    config: str
+    cases: str
+    long: int
+
+
+DATA = {
+    "left_atrium": Data(
+        "Left atrium", "config/left_atrium_4.yaml", "config/cases/left_atrium_4.tsv", 36
+    ),
+    "hippocampus": Data(
+        "Hippocampus", "config/hippocampus_4.yaml", "config/cases/hippocampus_4.tsv", 36
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------- running
 
 
 def labelled_block(cases: pd.DataFrame, *, labelled: int, block: int) -> pd.DataFrame:
@@ -37,51 +116,394 @@ def labelled_block(cases: pd.DataFrame, *, labelled: int, block: int) -> pd.Data
     return pd.concat([others, test], ignore_index=True)
 
 
-def method_of(word: str) -> tuple[str, dict[str, str]]:
-    """Return name and settings of `name` or `name:setting=value,setting=value`."""
-    name, _, settings = word.partition(":")
-    pairs = [pair.partition("=") for pair in settings.split(",") if pair]
-    for setting, equals, _ in pairs:
-        if not equals:
-            raise InputError(f"The method {word!r} has {setting!r}, wanted setting=value.")
-    return name, {setting: value for setting, _, value in pairs}
+def all_labelled(cases: pd.DataFrame) -> pd.DataFrame:
+    """Return a case table with all cases labelled that are not for testing, but the last one.
+
+    The workflow wants an unlabelled case; the label-only network never sees it.
+    """
+    table = labelled_block(cases, labelled=1, block=0)
+    others = table.index[table["split"] != "test"]
+    table.loc[others[:-1], "split"] = "labelled"
+    table.loc[others[-1], "split"] = "unlabelled"
+    return table
+
+
+def name_of(data: str, labelled: int, block: int, experiment: str) -> str:
+    """Return the name of an experiment, which is its folder of results."""
+    return f"accuracy_{data}_{labelled}_set{block}_{experiment}"
+
+
+def table_of_experiments(
+    data: str, labelled: int, block: int, experiments: list[str], folder: Path
+) -> Path:
+    """Write the case tables and the table of experiments of one labelled set; return the latter."""
+    cases = read_table(CLONE / DATA[data].cases)
+    rows = []
+    for experiment in experiments:
+        full = experiment == "full"
+        table = folder / f"cases_{'full' if full else f'{labelled}_set{block}'}.tsv"
+        wanted = (
+            all_labelled(cases) if full else labelled_block(cases, labelled=labelled, block=block)
+        )
+        write_table(wanted, table)
+        changes = {
+            key: value.format(long=DATA[data].long)
+            for key, value in EXPERIMENTS[experiment].items()
+        }
+        rows.append(
+            {
+                "experiment": name_of(data, labelled, block, experiment),
+                "seed": block,
+                "cases": table.resolve(),
+                **changes,
+            }
+        )
+    path = folder / f"experiments_{labelled}_set{block}.tsv"
+    write_table(pd.DataFrame(rows).fillna(""), path)
+    return path
+
+
+def rounds_of(data: str) -> int:
+    """Return the rounds that a data set's settings ask for."""
+    return settings.load(CLONE / DATA[data].config).rounds
+
+
+def labels_of(data: str) -> list[str]:
+    """Return the labels of a data set as name=value words."""
+    labels = settings.load(CLONE / DATA[data].config).labels
+    return [f"{name}={value}" for name, value in labels.items()]
+
+
+def evaluation_of(data: str, method: Method, name: str) -> str:
+    """Return the path of the scores that a method is judged by."""
+    last = rounds_of(data) - 1
+    return f"results/{name}/evaluation/{method.arm}_{method.network}_round-{last:02d}.tsv"
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train what is missing, set after set, and store the scores of each finished set."""
+    unknown = set(arguments.experiments) - {*EXPERIMENTS, *PEERS}
+    if unknown:
+        raise InputError(
+            f"There is no experiment {sorted(unknown)[0]!r}; wanted "
+            f"{', '.join([*EXPERIMENTS, *PEERS])}."
+        )
+    methods = [method for method in METHODS if method.experiment in arguments.experiments]
+    for labelled in arguments.labelled:
+        for block in arguments.sets:
+            run_workflow(arguments, labelled, block, methods)
+            run_peers(arguments, labelled, block)
+            store(arguments.data, labelled, block, methods)
+
+
+def run_workflow(
+    arguments: argparse.Namespace, labelled: int, block: int, methods: list[Method]
+) -> None:
+    """Let Snakemake make the scores of all methods but the peers, on one labelled set."""
+    data = arguments.data
+    wanted = [method for method in methods if method.experiment in EXPERIMENTS]
+    experiments = list(dict.fromkeys(method.experiment for method in wanted))
+    targets = {
+        evaluation_of(data, method, name_of(data, labelled, block, method.experiment))
+        for method in wanted
+    }
+    if set(arguments.experiments) & set(PEERS) and "own" not in experiments:
+        # Peers train on its arrays.
+        experiments.append("own")
+        own = name_of(data, labelled, block, "own")
+        targets |= {f"results/{own}/settings/{stage}.yaml" for stage in ("train_3d", "infer")}
+        targets |= {
+            f"results/{own}/preprocessed/{split}/manifest-0.tsv"
+            for split in ("labelled", "unlabelled", "test")
+        }
+    folder = CLONE / "data" / "accuracy" / data
+    table = table_of_experiments(data, labelled, block, experiments, folder)
+    command = [sys.executable, "-m", "snakemake", *sorted(targets)]
+    command += ["--cores", str(arguments.cores), "--quiet", "rules"]
+    command += ["--configfile", DATA[data].config]
+    # One thread a job: two trainings side by side are faster than one with two threads.
+    command += ["--set-threads", "train=1", "infer_pseudo_masks=1", "infer_test_masks=1"]
+    command += ["--config", f"data_folder={arguments.data_folder.resolve()}"]
+    command += [f"experiment=accuracy_{data}", f"experiments={table}"]
+    subprocess.run(command, cwd=CLONE, check=True)
+
+
+def run_peers(arguments: argparse.Namespace, labelled: int, block: int) -> None:
+    """Train and score the peers that are asked for and missing, side by side."""
+    data = arguments.data
+    own = CLONE / "results" / name_of(data, labelled, block, "own")
+    running = []
+    for peer in sorted(set(arguments.experiments) & set(PEERS)):
+        name = name_of(data, labelled, block, peer)
+        (method,) = (each for each in METHODS if each.experiment == peer)
+        scores = CLONE / evaluation_of(data, method, name)
+        if scores.is_file():
+            continue
+        epochs = round(PEERS[peer] * rounds_of(data) * DATA[data].long)
+        command = [sys.executable, CLONE / "benchmarks" / "peers.py", "--peer", peer]
+        command += ["--experiment", own, "--epochs", epochs, "--scores", scores]
+        command += ["--out-dir", CLONE / "results" / name, "--labels", *labels_of(data)]
+        running.append(subprocess.Popen([str(word) for word in command], cwd=CLONE))
+    if any([process.wait() for process in running]):
+        raise InputError("A peer was not trained; its error is above.")
+
+
+def store(data: str, labelled: int, block: int, methods: list[Method]) -> None:
+    """Put the scores, minutes and mask qualities of one labelled set into the stored tables."""
+    rows, masks = [], []
+    for method in methods:
+        name = name_of(data, labelled, block, method.experiment)
+        key = dict(zip(KEY, (data, labelled, block, method.experiment), strict=True))
+        (scores,) = read_evaluations([CLONE / evaluation_of(data, method, name)]).values()
+        if method.experiment in PEERS:
+            spent = float((CLONE / "results" / name / "minutes.txt").read_text())
+        else:
+            spent = minutes_of(CLONE / "benchmarks" / name, method, rounds=rounds_of(data))
+        for case, row in scores.iterrows():
+            rows.append(
+                {
+                    **key,
+                    "arm": method.arm,
+                    "network": method.network,
+                    "case": case,
+                    **{score: f"{row[score]:.5f}" for score in SCORES},
+                    "minutes": f"{spent:.2f}",
+                }
+            )
+        for audit in sorted((CLONE / "results" / name).glob("cotrain/round-*/audit/train_*.tsv")):
+            taught = read_table(audit)
+            masks.append(
+                {
+                    **key,
+                    "round": int(audit.parts[-3][-2:]),
+                    "taught": audit.stem.removeprefix("train_"),
+                    "true_dice": f"{pd.to_numeric(taught['truth_dice']).mean():.5f}",
+                    "confidence": f"{pd.to_numeric(taught['confidence']).mean():.5f}",
+                }
+            )
+    _replace_rows(STORED, pd.DataFrame(rows).astype(str))
+    if masks:
+        _replace_rows(STORED_MASKS, pd.DataFrame(masks).astype(str).drop_duplicates())
+
+
+def minutes_of(benchmarks: Path, method: Method, *, rounds: int) -> float:
+    """Return the processor minutes of all training and mask making that a method needs.
+
+    benchmarks: Snakemake's tables of the experiment. Its test masks and scores are not counted.
+    """
+    if method.arm == "cotrain":
+        tables = [
+            table
+            for kind in ("train_*", "pseudo_*", "teacher_*", "audit_[23]d")
+            for table in benchmarks.glob(f"cotrain/round-*/{kind}.tsv")
+        ]
+    else:
+        networks = ["2d", "3d"] if method.network == "mean" else [method.network]
+        # A training that nobody has taught so far is the same in both arms.
+        tables = [
+            next(
+                table
+                for arm in ("labels_only", "cotrain")
+                if (table := benchmarks / f"{arm}/round-{number:02d}/train_{network}.tsv").is_file()
+            )
+            for number in range(rounds)
+            for network in networks
+        ]
+    return sum(float(read_table(table)["cpu_time"].iloc[-1]) for table in tables) / 60
+
+
+def _replace_rows(path: Path, rows: pd.DataFrame) -> None:
+    """Add rows to a stored table in place of those of the same experiment and set."""
+    if path.is_file():
+        stored = read_table(path)
+        fresh = set(rows[KEY].itertuples(index=False, name=None))
+        kept = [key not in fresh for key in stored[KEY].itertuples(index=False, name=None)]
+        rows = pd.concat([stored[kept], rows])
+    write_table(rows.sort_values([*KEY, *rows.columns[4:7]], ignore_index=True), path)
+
+
+# -------------------------------------------------------------------------------- reporting
+
+
+class Standing(NamedTuple):
+    """A method's test scores over labelled sets: one row a set, and the means over its cases."""
+
+    method: Method
+    sets: pd.DataFrame
+
+    @property
+    def dice(self) -> pd.Series:
+        """Mean Dice in %, by set."""
+        return 100 * self.sets["dice"]
+
+
+def standings_of(stored: pd.DataFrame) -> list[Standing]:
+    """Return how the methods stand that were scored, in the order of METHODS.
+
+    stored: rows of the stored table of one data set and number of labelled cases.
+    """
+    standings = []
+    for method in METHODS:
+        rows = stored[
+            (stored["experiment"] == method.experiment)
+            & (stored["arm"] == method.arm)
+            & (stored["network"] == method.network)
+        ]
+        if not rows.empty:
+            by_set = rows.groupby("set")
+            sets = by_set[[*SCORES, "minutes"]].mean()
+            sets["worst"] = by_set["dice"].min()
+            standings.append(Standing(method, sets))
+    return standings
+
+
+def table_of(standings: list[Standing]) -> list[str]:
+    """Return the lines of a Markdown table: a method a line."""
+    named = {standing.method: standing for standing in standings}
+    lines = [
+        "| method | sets | Dice % | worst case % | Jaccard % | HD95 mm | ASD mm | over 3D, labels "
+        "only | gap recovered | minutes |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for standing in standings:
+        sets = standing.sets
+        cells = [
+            standing.method.words,
+            " ".join(map(str, sets.index)),
+            _spread(standing.dice),
+            f"{100 * sets['worst'].mean():.1f}",
+            f"{100 * sets['jaccard'].mean():.1f}",
+            f"{sets['hd95_mm'].mean():.2f}",
+            f"{sets['asd_mm'].mean():.2f}",
+            _gain(standing, named.get(BASELINE)),
+            _gap(standing, named.get(BASELINE), named.get(BOUND)),
+            f"{sets['minutes'].mean():.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _spread(values: pd.Series) -> str:
+    text = f"{values.mean():.1f}"
+    return text + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
+
+
+def _gain(standing: Standing, baseline: Standing | None) -> str:
+    """Return the gain over the baseline, paired by the sets that both have."""
+    if baseline is None or baseline.method == standing.method:
+        return ""
+    both = standing.dice.index.intersection(baseline.dice.index)
+    if both.empty:
+        return ""
+    gain = paired_gain(standing.dice[both], baseline.dice[both])
+    if gain.cases == 1:
+        return f"{gain.mean:+.1f}"
+    text = f"{gain.mean:+.1f} ({gain.low:+.1f} to {gain.high:+.1f})"
+    return f"**{text}**" if gain.low > 0 or gain.high < 0 else text
+
+
+def _gap(standing: Standing, baseline: Standing | None, bound: Standing | None) -> str:
+    """Return (x - labels only) / (all labels - labels only) in %, over the sets that all have."""
+    if baseline is None or bound is None or standing.method in (BASELINE, BOUND):
+        return ""
+    sets = standing.dice.index.intersection(baseline.dice.index).intersection(bound.dice.index)
+    if sets.empty:
+        return ""
+    low, high = baseline.dice[sets].mean(), bound.dice[sets].mean()
+    return f"{100 * (standing.dice[sets].mean() - low) / (high - low):.0f} %"
+
+
+def masks_table(stored: pd.DataFrame) -> list[str]:
+    """Return the lines of a Markdown table: true Dice of the masks that taught, round by round."""
+    lines = [
+        "| experiment | taught | round | true Dice % | confidence % |",
+        "|---|---|---|---|---|",
+    ]
+    for (experiment, round_, taught), rows in stored.groupby(["experiment", "round", "taught"]):
+        dice, confidence = 100 * rows["true_dice"], 100 * rows["confidence"]
+        lines.append(
+            f"| {experiment} | {taught.upper()} | {round_} | {_spread(dice)} "
+            f"| {_spread(confidence)} |"
+        )
+    return lines
+
+
+def draw(standings: dict[str, list[Standing]], path: Path) -> None:
+    """Draw the Dice of every set, a line a method, a panel for each data set and label count."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * len(standings), 4.6), layout="constrained")
+    for axes, (title, panel) in zip(
+        figure.subplots(1, len(standings), squeeze=False)[0], standings.items(), strict=True
+    ):
+        for line, standing in enumerate(reversed(panel)):
+            colour = "tab:blue" if standing.method.arm == "cotrain" else "0.5"
+            axes.plot(standing.dice, [line] * len(standing.dice), "o", color=colour, alpha=0.6)
+            axes.plot(standing.dice.mean(), line, "|", color=colour, markersize=18)
+        axes.set_yticks(range(len(panel)), [each.method.words for each in reversed(panel)])
+        axes.set_xlabel("Dice on test cases, %: a dot a labelled set, a bar their mean")
+        axes.set_title(title)
+        axes.grid(axis="x", alpha=0.3)
+    with write_atomically(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Redraw the tables of docs/accuracy.md, below its marker, and docs/accuracy.png."""
+    if not STORED.is_file():
+        raise InputError(f"{STORED} is missing; make it with `accuracy.py run`.")
+    stored = read_table(STORED)
+    numbers = [*SCORES, "minutes", "labelled", "set"]
+    stored[numbers] = stored[numbers].apply(pd.to_numeric)
+    masks = read_table(STORED_MASKS)
+    of_masks = ["true_dice", "confidence", "labelled", "set", "round"]
+    masks[of_masks] = masks[of_masks].apply(pd.to_numeric)
+    parts, panels = [], {}
+    for (data, labelled), rows in stored.groupby(["data", "labelled"], sort=False):
+        title = f"{DATA[data].title}, {labelled} labelled"
+        panels[title] = standings_of(rows)
+        taught = masks[(masks["data"] == data) & (masks["labelled"] == labelled)]
+        parts += [f"### {title}", "", *table_of(panels[title]), ""]
+        parts += ["The masks that taught, unlabelled cases:", "", *masks_table(taught), ""]
+    page = CLONE / "docs" / "accuracy.md"
+    prose, marker, _ = page.read_text().partition(MARKER)
+    if not marker:
+        raise InputError(f"{page} has no line {MARKER!r}, below which the tables go; put it back.")
+    write_text(prose + marker + "\n\n" + "\n".join(parts), page)
+    draw(panels, CLONE / "docs" / "accuracy.png")
+    print("\n".join(parts))
+
+
+MARKER = "<!-- below: made by `python benchmarks/accuracy.py report` -->"
 
 
 def main() -> None:
-    """Write `cases_<n>_set<k>.tsv` and `experiments.tsv`."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cases", type=Path, required=True, help="case table with labels for all")
-    parser.add_argument("--labelled", type=int, nargs="+", default=[4], help="labelled cases")
-    parser.add_argument("--sets", type=int, nargs="+", default=[0, 1, 2], help="blocks of cases")
-    parser.add_argument(
-        "--methods",
+    commands = parser.add_subparsers(required=True)
+    running = commands.add_parser("run", help="train, score and store")
+    running.add_argument("--data", choices=sorted(DATA), required=True)
+    running.add_argument("--data-folder", type=Path, required=True, help="where its images are")
+    running.add_argument("--labelled", type=int, nargs="+", default=[4], help="labelled cases")
+    running.add_argument("--sets", type=int, nargs="+", default=[0, 1, 2], help="blocks of cases")
+    running.add_argument(
+        "--experiments",
         nargs="+",
-        default=["own"],
-        help="name, or name:setting=value,...; e.g. own paper:recipe=paper",
+        default=[*EXPERIMENTS, *PEERS],
+        metavar="NAME",
+        help=f"of {', '.join([*EXPERIMENTS, *PEERS])}; default: all",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write into")
+    running.add_argument("--cores", type=int, default=2, help="jobs side by side")
+    running.set_defaults(run=run)
+    redrawing = commands.add_parser("report", help="redraw tables and plot from what is stored")
+    redrawing.set_defaults(run=report)
     arguments = parser.parse_args()
-    cases = read_table(arguments.cases)
-    rows = []
-    for labelled in arguments.labelled:
-        for block in arguments.sets:
-            table = arguments.out / f"cases_{labelled}_set{block}.tsv"
-            write_table(labelled_block(cases, labelled=labelled, block=block), table)
-            for word in arguments.methods:
-                method, settings = method_of(word)
-                rows.append(
-                    {
-                        "experiment": f"{arguments.out.name}_{labelled}_set{block}_{method}",
-                        "group": f"{method}, {labelled} labelled",
-                        "seed": block,
-                        "cases": table,
-                        **settings,
-                    }
-                )
-    write_table(pd.DataFrame(rows).fillna(""), arguments.out / "experiments.tsv")
-    print(f"{len(rows)} experiments in {arguments.out / 'experiments.tsv'}")
+    try:
+        arguments.run(arguments)
+    except InputError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

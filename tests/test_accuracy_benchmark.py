@@ -1,0 +1,126 @@
+"""The accuracy benchmark: which cases each labelled set has, and how the methods stand by hand."""
+
+import importlib.util
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from cotrain.errors import InputError
+from cotrain.experiments import experiments_of
+from cotrain.files import read_table
+
+CLONE = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def accuracy():
+    spec = importlib.util.spec_from_file_location("accuracy", CLONE / "benchmarks/accuracy.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def cases():
+    splits = ["labelled", "unlabelled", "labelled", "unlabelled", "unlabelled", "test"]
+    rows = [(f"c{n}", f"c{n}.nii", f"l{n}.nii", split) for n, split in enumerate(splits)]
+    table = pd.DataFrame(rows, columns=["case", "image", "label", "split"])
+    return table.sample(frac=1, random_state=0)
+
+
+@pytest.mark.parametrize(
+    ("labelled", "block", "expected"), [(2, 0, "c0 c1"), (2, 1, "c2 c3"), (1, 1, "c1")]
+)
+def test_a_set_is_a_block_of_the_cases_in_order(accuracy, cases, labelled, block, expected):
+    table = accuracy.labelled_block(cases, labelled=labelled, block=block)
+    assert " ".join(table[table["split"] == "labelled"]["case"]) == expected
+    assert table[table["split"] == "test"]["case"].tolist() == ["c5"]
+    assert len(table) == 6
+
+
+def test_a_set_that_is_not_there_is_refused(accuracy, cases):
+    with pytest.raises(InputError, match=r"needs 6 cases .* but there are 5"):
+        accuracy.labelled_block(cases, labelled=2, block=2)
+
+
+def test_the_upper_bound_keeps_the_test_cases_apart(accuracy, cases):
+    table = accuracy.all_labelled(cases).set_index("case")["split"]
+    assert table.to_dict() == {
+        **dict.fromkeys(("c0", "c1", "c2", "c3"), "labelled"),
+        "c4": "unlabelled",
+        "c5": "test",
+    }
+
+
+@pytest.mark.parametrize("data", ["left_atrium", "hippocampus"])
+def test_all_experiments_are_valid_settings_on_the_same_cases_and_seed(accuracy, data, tmp_path):
+    path = accuracy.table_of_experiments(data, 4, 1, list(accuracy.EXPERIMENTS), tmp_path)
+    content = {
+        "experiment": "all",
+        "experiments": str(path),
+        "cases": "cases.tsv",
+        "labels": {"organ": 1},
+    }
+    experiments, _ = experiments_of(content, source="test")
+    assert {settings.seed for settings in experiments.values()} == {1}
+    tables = {name: str(settings.cases) for name, settings in experiments.items()}
+    full = tables.pop(accuracy.name_of(data, 4, 1, "full"))
+    (same,) = set(tables.values())
+    labelled = {
+        path: read_table(path).query("split == 'labelled'")["case"].tolist()
+        for path in (full, same)
+    }
+    assert len(labelled[same]) == 4
+    assert len(labelled[full]) > 40
+    assert set(labelled[same]) <= set(labelled[full])
+
+
+def test_every_method_belongs_to_an_experiment_that_can_be_run(accuracy):
+    runnable = {*accuracy.EXPERIMENTS, *accuracy.PEERS}
+    assert {method.experiment for method in accuracy.METHODS} == runnable
+
+
+@pytest.fixture
+def stored():
+    """Two sets of two test cases; co-trained beats labels only by 2 and 4 points."""
+    rows = []
+    for experiment, arm, dice in (
+        ("own", "labels_only", [[0.70, 0.80], [0.60, 0.80]]),
+        ("own", "cotrain", [[0.74, 0.80], [0.66, 0.82]]),
+        ("full", "labels_only", [[0.80, 0.82], [0.78, 0.84]]),
+    ):
+        for number, cases in enumerate(dice):
+            rows += [
+                {
+                    **{"experiment": experiment, "arm": arm, "network": "3d", "set": number},
+                    **{"case": case, "dice": each, "jaccard": 0.5, "hd95_mm": 3, "asd_mm": 1},
+                    "minutes": 10,
+                }
+                for case, each in enumerate(cases)
+            ]
+    return pd.DataFrame(rows)
+
+
+def test_gain_gap_and_worst_case_by_hand(accuracy, stored):
+    standings = accuracy.standings_of(stored)
+    assert [standing.method.words for standing in standings] == [
+        "3D, labels only",
+        "3D, co-trained",
+        "3D, all labels",
+    ]
+    lines = accuracy.table_of(standings)
+    assert lines[2].startswith("| 3D, labels only | 0 1 | 72.5 ± 3.5 | 65.0 |")
+    # Sets 77.0 and 74.0. Gains 2 and 4: mean 3, t(1) = 12.71, standard error 1.
+    assert lines[3].startswith("| 3D, co-trained | 0 1 | 75.5 ± 2.1 | 70.0 | 50.0 | 3.00 | 1.00 |")
+    # (75.5 - 72.5) / (81 - 72.5)
+    assert lines[3].endswith("| +3.0 (-9.7 to +15.7) | 35 % | 10 |")
+    assert lines[4].endswith("|  | 10 |")
+
+
+def test_sets_that_only_one_method_has_are_not_compared(accuracy, stored):
+    only = stored[(stored["set"] == 0) | (stored["experiment"] == "own")]
+    bound = accuracy.table_of(accuracy.standings_of(only))[4]
+    assert bound.startswith("| 3D, all labels | 0 | 81.0 |")
+    assert "| +6.0 |" in bound
+    assert "| 33 % |" in accuracy.table_of(accuracy.standings_of(only))[3]
