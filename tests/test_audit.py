@@ -11,7 +11,7 @@ import pytest
 from medpy.metric.binary import dc
 
 from cotrain.__main__ import main
-from cotrain.audit import leave_out_least_certain, true_dice, verdict_on
+from cotrain.audit import true_dice, verdict_on
 from cotrain.files import read_table, sha256_of
 from cotrain.training import accepted_cases
 
@@ -186,34 +186,6 @@ def test_an_empty_mask_is_not_learnt_unless_a_person_accepts_it(audit, masks):
     refused = audit().loc["coarse_u"]
     assert (refused["accepted"], refused["reason"]) == ("false", "the mask is empty")
     assert audit(verdict("coarse_u", "accept")).loc["coarse_u", "accepted"] == "true"
-
-
-def test_only_the_most_certain_share_of_the_masks_teaches():
-    confidences = {"a": "0.9", "b": "0.5", "c": "0.7", "d": "0.7", "e": "0.1", "f": "0.2"}
-    table = [
-        {"case": case, "accepted": "true", "reason": "", "confidence": confidence}
-        for case, confidence in confidences.items()
-    ]
-    table.append({"case": "g", "accepted": "false", "reason": "empty", "confidence": "0"})
-    # A person accepted e, and excluded g: of the other five 60 %, that is three, are kept.
-    leave_out_least_certain(table, 0.6, {"e"})
-    accepted = {row["case"] for row in table if row["accepted"] == "true"}
-    assert accepted == {"a", "c", "d", "e"}
-    reasons = {row["case"]: row["reason"] for row in table if row["case"] not in accepted}
-    left_out = "not among the 3 most certain of 5 masks"
-    assert reasons == {"b": left_out, "f": left_out, "g": "empty"}
-    leave_out_least_certain(table, 0.01, set())
-    assert [row["case"] for row in table if row["accepted"] == "true"] == ["a"]
-
-
-def test_the_least_certain_masks_are_in_the_table_but_teach_nobody(audit, masks):
-    everything = audit()
-    least = everything["confidence"].astype(float).idxmin()
-    table = audit(more=("--keep-share", 0.75))
-    assert list(table.index) == list(everything.index)
-    assert table.index[table["accepted"] == "false"].tolist() == [least]
-    judged = audit(verdict(least, "accept"), more=("--keep-share", 0.75))
-    assert judged.loc[least, "accepted"] == "true"
 
 
 @pytest.mark.parametrize(

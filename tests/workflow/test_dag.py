@@ -317,12 +317,6 @@ def test_with_both_labels_only_nobody_is_taught_in_round_00(project: Path, teach
     }
 
 
-def test_every_audit_keeps_the_share_that_the_settings_ask_for(project: Path):
-    for changes, share in (({"cotraining__keep_share": 0.6}, "0.6"), ({"recipe": "paper"}, "1.0")):
-        asked = {each["--keep-share"] for each in planned(project, **changes).of("audit")}
-        assert asked == {share}
-
-
 def test_one_way_2d_teaches_and_learns_from_labels_alone(project: Path):
     plan = planned(project, rounds=3, cotraining__teacher="2d")
     # The 2D network of the control is the same training, and is not run again.

@@ -194,21 +194,6 @@ def audit_row(
     }
 
 
-def leave_out_least_certain(table: list[dict], keep_share: float, judged: set[str]) -> None:
-    """Let only the most certain masks of an audit teach; changes the rows of `table`.
-
-    Of n masks that may teach, the round(n * keep_share) of the highest confidence do, at least one.
-    Those that a person judged, by case, are neither counted nor left out.
-    """
-    free = [row for row in table if row["accepted"] == "true" and row["case"] not in judged]
-    kept = max(1, round(len(free) * keep_share))
-    # By name where confidence is equal, so that the order of the shards changes nothing.
-    ranked = sorted(free, key=lambda row: (-float(row["confidence"]), row["case"]))
-    for row in ranked[kept:]:
-        row["accepted"] = "false"
-        row["reason"] = f"not among the {kept} most certain of {len(free)} masks"
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `cotrain audit`."""
     parser.add_argument("--masks", type=Path, required=True, help="the mask set that teaches")
@@ -224,12 +209,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", nargs="+", required=True, metavar="NAME=VALUE")
     parser.add_argument("--preprocessed", type=Path, required=True, help="folder of the plans")
     parser.add_argument("--review", type=Path, help="a person's verdicts")
-    parser.add_argument(
-        "--keep-share",
-        type=float,
-        default=1.0,
-        help="share of the masks that teach: the most certain ones",
-    )
     parser.add_argument("--out", type=Path, required=True, help="the audit table")
 
 
@@ -245,12 +224,10 @@ def run(arguments: argparse.Namespace) -> None:
     sources = ["/".join(each.parts[-2:]) for each in arguments.source_masks]
     own = "/".join(arguments.masks.parts[-2:])
     manifest = pd.concat([read_table(each) for each in arguments.manifests])
-    table, judged = [], set()
+    table = []
     for made in manifest.sort_values("case").to_dict("records"):
         verdict = verdict_on(made["case"], [*sources, own], review)
         audited = audit_row(made, rows[made["case"]], verdict, arguments.masks, labels)
-        if verdict is not None:
-            judged.add(made["case"])
         if verdict is not None and verdict["verdict"] == "replace":
             soft = arguments.out.parent / f"replaced_{arguments.out.stem}" / made["soft"]
             soft_of_replacement(
@@ -261,18 +238,12 @@ def run(arguments: argparse.Namespace) -> None:
             )
             audited |= {"soft": str(soft), "soft_sha256": sha256_of(soft)}
         table.append(audited)
-    leave_out_least_certain(table, arguments.keep_share, judged)
     frame = pd.DataFrame(table, columns=COLUMNS)
     write_table(frame, arguments.out)
-    taught = frame[frame["accepted"] == "true"]
+    known = pd.to_numeric(frame["truth_dice"]).dropna()
     print(
-        f"{len(taught)} of {len(frame)} masks accepted; {_quality(taught)}; all: {_quality(frame)}."
+        f"{(frame['accepted'] == 'true').sum()} of {len(frame)} masks accepted; mean confidence "
+        f"{pd.to_numeric(frame['confidence']).mean():.3f}"
+        + (f"; true Dice {known.mean():.4f} over {len(known)} cases" if len(known) else "")
+        + "."
     )
-
-
-def _quality(audited: pd.DataFrame) -> str:
-    """Return mean confidence and, where it is known, mean true Dice of masks in words."""
-    known = pd.to_numeric(audited["truth_dice"]).dropna()
-    confidence = pd.to_numeric(audited["confidence"]).mean()
-    truth = f", true Dice {known.mean():.4f} over {len(known)} cases" if len(known) else ""
-    return f"mean confidence {confidence:.3f}{truth}"

@@ -125,14 +125,6 @@ class Cotraining(Section):
         "of both networks' latest masks (mean), or each from its own (self, for comparison); 2d: "
         "3D learns from 2D, and 2D from the labels alone.",
     )
-    keep_share: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="Share of the pseudo-masks that teach in a round: the most certain ones, by "
-        "mean probability of the predicted label (column confidence of the audit table). The "
-        "others wait; the next round judges them anew. 1: all teach (the paper).",
-    )
     sampling: Sampling = Sampling()
     learning_rate_restart: Share = Field(
         0.5,
@@ -166,7 +158,6 @@ class Cotraining(Section):
 PAPER = {
     "first_teacher": "both_labels_only",
     "teacher": "other",
-    "keep_share": 1.0,
     "sampling": {"mode": "learning_rate", "min_labelled_per_batch": 1},
     "learning_rate_restart": 1.0,
     "ema_decay": 0.0,

@@ -43,7 +43,6 @@ rule audit:
         labels=labels_of,
         preprocessed=subpath(input.plans, parent=True),
         review=review_for,
-        keep_share=lambda wildcards: settings_of(wildcards).cotraining.keep_share,
     shell:
         r"""
         cotrain audit \
@@ -54,7 +53,6 @@ rule audit:
             --labels {params.labels:q} \
             --preprocessed {params.preprocessed:q} \
             {params.review} \
-            --keep-share {params.keep_share} \
             --out {output.table:q} \
             >{log:q} 2>&1
         """
