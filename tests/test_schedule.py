@@ -41,6 +41,27 @@ def test_a_round_beyond_the_schedule_repeats_the_last_scheduled_stretch():
     assert plan.learning_rate(plan.window(3), 8, 3) == plan.learning_rate(plan.window(2), 6, 3)
 
 
+def test_a_last_training_follows_the_rounds_and_restarts_rate_and_share():
+    cotraining = Cotraining(
+        schedule_rounds=3,
+        learning_rate_restart=0.5,
+        last_epochs=6,
+        sampling={"mode": "ramp", "share_start": 0.2, "share_end": 0.6},
+    )
+    plan = Schedule("3d", TRAINING, cotraining, last_round=3)
+    last = plan.window(3)
+    assert (last.start, last.stop) == (plan.window(2).stop, plan.window(2).stop + 6) == (6, 12)
+    assert plan.learning_rate(last, 6, 0) == 0.5
+    assert plan.learning_rate(last, 9, 0) == pytest.approx(0.25)
+    assert plan.learning_rate(last, 11, 9) < 0.01
+    assert plan.wanted_share(last, 6, 0, batch_size=8) == pytest.approx(0.2)
+    assert plan.wanted_share(last, 9, 0, batch_size=8) == pytest.approx(0.4)
+    # 60 batches of 8 with a mean share of 0.4 - the step to the next of 0.4 / 60 / 2.
+    assert plan.unlabelled_counts(last, 6, 8).sum() < plan.unlabelled_counts(last, 11, 8).sum()
+    total = sum(plan.unlabelled_counts(last, epoch, 8).sum() for epoch in range(6, 12))
+    assert abs(total - 60 * 8 * (0.4 - 0.4 / 120)) <= 1
+
+
 def test_share_is_one_minus_relative_rate_up_to_the_cap():
     plan = schedule("2d", learning_rate_restart=1.0, sampling={"mode": "learning_rate"})
     assert plan.wanted_share(plan.window(1), 4, 0, batch_size=4) == 0

@@ -20,6 +20,7 @@ STAGES = {
     "plan": PlanStage,
     "train_2d": TrainStage,
     "train_3d": TrainStage,
+    "train_last": TrainStage,
     "infer": InferStage,
 }
 
@@ -123,7 +124,7 @@ def test_a_rate_in_yamls_scientific_notation_is_a_number():
     ("changes", "stages"),
     [
         ({"audit": {"max_cases": 3}}, set()),
-        ({"rounds": 9}, set()),
+        ({"rounds": 9}, {"train_last"}),
         ({"shards": 4}, set()),
         ({"pool": "transductive"}, set()),
         ({"review": "review.tsv"}, set()),
@@ -131,9 +132,13 @@ def test_a_rate_in_yamls_scientific_notation_is_a_number():
         ({"network_2d": {"weights": "random"}}, set()),
         ({"inference": {"mirroring": True}}, {"infer"}),
         ({"training_2d": {"warmup_epochs": 7}}, {"train_2d"}),
-        ({"training_3d": {"weight_decay": 0}}, {"train_3d"}),
-        ({"cotraining": {"ema_decay": 0}}, {"train_2d", "train_3d"}),
-        ({"compute": {"precision": "fp32"}}, {"train_2d", "train_3d", "infer"}),
+        ({"training_3d": {"weight_decay": 0}}, {"train_3d", "train_last"}),
+        ({"cotraining": {"ema_decay": 0}}, {"train_2d", "train_3d", "train_last"}),
+        ({"cotraining": {"last_epochs": 3}}, {"train_last"}),
+        (
+            {"compute": {"precision": "fp32"}},
+            {"train_2d", "train_3d", "train_last", "infer"},
+        ),
         ({"network_2d": {"batch_size": 3}}, {"plan"}),
         ({"network_3d": {"batch_size": 3}}, {"plan"}),
         ({"labels": {"other": 1}}, {"plan"}),

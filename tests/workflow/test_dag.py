@@ -344,6 +344,51 @@ def test_with_teacher_self_each_network_learns_from_its_own_masks(project: Path)
     }
 
 
+LAST = {"rounds": 2, "cotraining__last_epochs": 5}
+
+
+def test_after_the_rounds_3d_alone_learns_from_the_mean_of_all_last_masks(project: Path):
+    plan = planned(project, **LAST)
+    in_round = {stage: masks for stage, masks in plan.teachers().items() if "round-02" in stage}
+    assert in_round == {
+        "cotrain/round-02/train_3d": "round-02/teacher_3d",
+        "labels_only/round-02/train_3d": "",
+    }
+    assert plan.sources()["round-02/teacher_3d"] == ["round-01/pseudo_2d", "round-01/pseudo_3d"]
+    settings = {
+        each["--out-dir"].removeprefix("results/tiny/"): each["--settings"]
+        for each in plan.of("train")
+    }
+    for arm in ("cotrain", "labels_only"):
+        assert settings[f"{arm}/round-02/train_3d"] == "results/tiny/settings/train_last.yaml"
+        assert settings[f"{arm}/round-01/train_3d"] == "results/tiny/settings/train_3d.yaml"
+    (exported,) = plan.of("export")
+    assert exported["--checkpoint"] == "results/tiny/cotrain/round-02/train_3d/checkpoint.pth"
+    # The 2D network stands as the round before left it, also in the mean of both.
+    scored = {each["--out"]: each["--masks"] for each in plan.of("evaluate")}
+    folder = "results/tiny/evaluation/cotrain"
+    assert scored[f"{folder}_2d_round-02.tsv"] == "results/tiny/cotrain/round-01/test_2d"
+    assert scored[f"{folder}_3d_round-02.tsv"] == "results/tiny/cotrain/round-02/test_3d"
+    means = {each["--out-dir"]: each["--masks"] for each in plan.of("merge")}
+    assert means["results/tiny/cotrain/round-02/test_mean"] == (
+        "results/tiny/cotrain/round-01/test_2d results/tiny/cotrain/round-02/test_3d"
+    )
+
+
+@pytest.mark.parametrize(
+    ("teacher", "masks"),
+    [
+        ("other", "round-02/teacher_3d"),
+        ("2d", "round-01/pseudo_2d"),
+        ("self", "round-01/pseudo_3d"),
+    ],
+)
+def test_the_last_training_has_the_peers_own_teacher(project: Path, teacher: str, masks: str):
+    changes = {"cotraining__teacher": teacher, "cotraining__first_teacher": "both_labels_only"}
+    plan = planned(project, **LAST, **changes)
+    assert plan.teachers()["cotrain/round-02/train_3d"] == masks
+
+
 def test_every_round_goes_on_from_the_round_before(project: Path):
     plan = planned(project, rounds=3)
     previous = {
@@ -394,6 +439,17 @@ def test_a_third_round_adds_exactly_its_own_jobs(finished: Path):
         "all": 1,
     }
     assert {each["--round"] for each in plan.of("train")} == {"02"}
+
+
+def test_a_last_training_added_to_a_finished_run_trains_3d_alone(finished: Path):
+    plan = planned(finished, cotraining__last_epochs=5)
+    assert plan.trained() == {"cotrain/round-02/train_3d", "labels_only/round-02/train_3d"}
+    inferred = {each["--out-dir"].removeprefix("results/tiny/") for each in plan.of("infer")}
+    assert inferred == {
+        "cotrain/round-02/pseudo_3d",
+        "cotrain/round-02/test_3d",
+        "labels_only/round-02/test_3d",
+    }
 
 
 def test_a_changed_audit_setting_retrains_nothing(finished: Path):

@@ -41,6 +41,7 @@ class Schedule:
     network: Network
     training: Training
     cotraining: Cotraining
+    last_round: int | None = None
 
     @property
     def starts_on_labels(self) -> bool:
@@ -54,6 +55,9 @@ class Schedule:
 
     def window(self, round_: int) -> Window:
         """Return the epochs of round `round_`."""
+        if round_ == self.last_round:
+            start, epochs = self.window(round_ - 1).stop, self.cotraining.last_epochs
+            return Window(start, start + epochs, "cotraining", start, epochs)
         if self.starts_on_labels and round_ == 0:
             return Window(0, self.label_epochs, "labels", 0, self.label_epochs)
         taught_before = round_ - 1 if self.starts_on_labels else round_
@@ -75,7 +79,7 @@ class Schedule:
         return done / window.phase_epochs
 
     def _is_first_phase(self, window: Window) -> bool:
-        return window.phase == "labels" or self.label_epochs == 0
+        return window.phase_start == 0
 
     def highest_rate(self, window: Window) -> float:
         """Return the height that the rate of a phase anneals from."""
@@ -110,7 +114,7 @@ class Schedule:
         sampling: Sampling = self.cotraining.sampling
         progress = self.progress(window, epoch, iteration)
         if sampling.mode == "learning_rate":
-            rising = self.label_epochs == 0 and progress < RISE
+            rising = self._is_first_phase(window) and progress < RISE
             rate = self.learning_rate(window, epoch, iteration)
             share = 0.0 if rising else 1 - rate / self.highest_rate(window)
         elif sampling.mode == "reference":

@@ -61,6 +61,15 @@ class Network3D(Section):
         "ExperimentPlanner",
         description="nnU-Net experiment planner, e.g. nnUNetPlannerResEncM, ...L, ...XL.",
     )
+    architecture: str | None = Field(
+        None,
+        pattern=r"\.py:[A-Za-z_]\w*$",
+        description="Another network than the planner's: a Python file and a class in it, e.g. "
+        "config/networks/monai_networks.py:SegResNet3D (docs/backbones.md); null: the planner's.",
+    )
+    arguments: dict[str, Any] = Field(
+        {}, description="Arguments of that class, e.g. {init_filters: 16}."
+    )
     gpu_memory_gb: float | None = Field(
         None, gt=0, description="GPU memory nnU-Net plans for; null: the planner's own target."
     )
@@ -144,6 +153,13 @@ class Cotraining(Section):
         "repeat the last one's stretch of the schedule, so that rounds can be added to a "
         "finished run without training the earlier ones again.",
     )
+    last_epochs: int = Field(
+        0,
+        ge=0,
+        description="Epochs of one last training of the 3D network after the rounds, at a rate "
+        "that restarts: it learns from the mean of both networks' last masks (from 2D's or its own "
+        "where `teacher` is 2d or self) and is the product. 0: none.",
+    )
 
     @model_validator(mode="after")
     def _check_teacher(self) -> "Cotraining":
@@ -161,6 +177,7 @@ PAPER = {
     "sampling": {"mode": "learning_rate", "min_labelled_per_batch": 1},
     "learning_rate_restart": 1.0,
     "ema_decay": 0.0,
+    "last_epochs": 0,
 }
 """Values of arXiv 2509.15167 that `recipe: paper` sets in `cotraining`."""
 
@@ -272,7 +289,8 @@ class Settings(Section):
         return TrainStage(
             seed=self.seed,
             training=self.training_2d if network == "2d" else self.training_3d,
-            cotraining=self.cotraining,
+            # The rounds do not depend on what follows them.
+            cotraining=self.cotraining.model_copy(update={"last_epochs": 0}),
             compute=self.compute,
         )
 
@@ -289,6 +307,9 @@ class Settings(Section):
             ),
             "train_2d": self.train_stage("2d"),
             "train_3d": self.train_stage("3d"),
+            "train_last": self.train_stage("3d").model_copy(
+                update={"cotraining": self.cotraining, "last_round": self.rounds}
+            ),
             "infer": InferStage(inference=self.inference, compute=self.compute),
         }
 
@@ -322,12 +343,16 @@ class PlanStage(Section):
 
 
 class TrainStage(Section):
-    """What the training of one network depends on, beside its input files."""
+    """What the training of one network depends on, beside its input files.
+
+    last_round: number of the last training of 3D, as of a round; None for those of the rounds.
+    """
 
     seed: int
     training: Training
     cotraining: Cotraining
     compute: Compute
+    last_round: int | None = None
 
 
 class InferStage(Section):

@@ -251,19 +251,27 @@ def _stages_of(round_folder: Path, *, tested: bool) -> list[Path]:
     A control has no stage that it shares with the co-training, because nobody taught it so far.
     """
     networks, kinds = ["2d", "3d"], ["train", "pseudo"]
+    if int(round_folder.name.removeprefix("round-")) == _last_round_of(round_folder.parents[1]):
+        networks.remove("2d")
     if round_folder.parent.name == CONTROL:
         kinds = ["train"]
         cotraining = _cotraining_of(round_folder.parents[1])
         first = round_folder.name == "round-00"
-        if first or cotraining["teacher"] == "2d":
-            networks.remove("2d")
+        shared = {"2d"} if first or cotraining["teacher"] == "2d" else set()
         if first and cotraining["first_teacher"] != "2d":
-            networks.remove("3d")
+            shared.add("3d")
+        networks = [network for network in networks if network not in shared]
     if tested:
         kinds.append("test")
     usual = [f"{kind}_{network}" for kind in kinds for network in networks]
     begun = [path.name for path in sorted(round_folder.glob("t*_*")) if path.is_dir()]
     return [round_folder / name for name in dict.fromkeys([*usual, *begun])]
+
+
+def _last_round_of(folder: Path) -> int | None:
+    """Return the round of the last training of the 3D network alone, where it was asked for."""
+    path = folder / "settings" / "train_last.yaml"
+    return yaml.safe_load(path.read_text())["last_round"] if path.is_file() else None
 
 
 def _cotraining_of(folder: Path) -> dict:

@@ -61,7 +61,12 @@ class Trainer:
     def __post_init__(self) -> None:
         self.device = device_of(self.stage.compute)
         self.precision = precision_of(self.stage.compute, self.device, training=True)
-        self.schedule = Schedule(self.network_name, self.stage.training, self.stage.cotraining)
+        self.schedule = Schedule(
+            self.network_name,
+            self.stage.training,
+            self.stage.cotraining,
+            self.stage.last_round,
+        )
         seed_everything(self.stage.seed, STREAMS[self.network_name])
         self.network = self.planned.build_network(
             self.network_name,

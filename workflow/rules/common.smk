@@ -65,6 +65,23 @@ def checked_cases():
     return cases
 
 
+def rounds_of(experiment):
+    """Return the rounds that the settings ask for: "00", "01", ..."""
+    return [f"{number:02d}" for number in range(SETTINGS[experiment].rounds)]
+
+
+def last_round_of(experiment):
+    """Return the round of the last training of 3D, which follows the others; None without one."""
+    settings = SETTINGS[experiment]
+    return f"{settings.rounds:02d}" if settings.cotraining.last_epochs else None
+
+
+def all_rounds_of(experiment):
+    """Return the rounds, and that of the last training of 3D where there is one."""
+    last = last_round_of(experiment)
+    return rounds_of(experiment) + ([last] if last else [])
+
+
 def checked_reviews():
     """Return {experiment: a person's verdicts, as rows}; none where there is no review table."""
     reviews = {experiment: [] for experiment in SETTINGS}
@@ -80,8 +97,11 @@ def checked_reviews():
             reviews[experiment] = table.to_dict("records")
             allowed = {
                 "case": set(CASES[experiment]["unlabelled"]["case"]),
-                "round": {str(n) for n in range(settings.rounds)}
-                | {f"{n:02d}" for n in range(settings.rounds)},
+                "round": {
+                    name
+                    for round in all_rounds_of(experiment)
+                    for name in (round, str(int(round)))
+                },
                 "masks": {"pseudo_2d", "pseudo_3d", "teacher_2d", "teacher_3d"},
                 "verdict": {"accept", "exclude", "replace"},
             }
@@ -123,7 +143,7 @@ def say_what_is_easily_missed():
                 f"{experiment}: the rate anneals to 0 over {scheduled} rounds "
                 f"(cotraining.schedule_rounds), but only {settings.rounds} are run (rounds)."
             )
-        last = settings.rounds - 1
+        last = int(all_rounds_of(experiment)[-1])
         for row in REVIEWS[experiment]:
             unheard = int(row["round"]) == last and row["masks"] == "pseudo_3d"
             if unheard or (
@@ -150,9 +170,14 @@ def settings_of(wildcards):
     return SETTINGS[wildcards.experiment]
 
 
-def rounds_of(experiment):
-    """Return the rounds that the settings ask for: "00", "01", ..."""
-    return [f"{number:02d}" for number in range(SETTINGS[experiment].rounds)]
+def trained_in(experiment, rounds):
+    """Return (network, round) of what is trained in these rounds."""
+    return [
+        (network, round)
+        for round in rounds
+        for network in ("2d", "3d")
+        if network == "3d" or round != last_round_of(experiment)
+    ]
 
 
 def round_before(round):
@@ -252,7 +277,10 @@ def folder_of_round(experiment, arm, network, round):
 
     A training that nobody has taught so far is the same in both arms: the control reuses it.
     """
-    so_far = rounds_of(experiment)[: int(round) + 1]
+    if network == "2d" and round == last_round_of(experiment):
+        # Only 3D is trained then; the 2D network is still that of the round before.
+        round = round_before(round)
+    so_far = all_rounds_of(experiment)[: int(round) + 1]
     if not any(is_taught(experiment, "cotrain", network, each) for each in so_far):
         arm = "cotrain"
     return f"results/{experiment}/{arm}/round-{round}"
@@ -264,11 +292,12 @@ def mask_sets_behind(experiment, network, round):
     if round == "00":
         return [f"{cotrain}/round-00/pseudo_2d"]
     before = round_before(round)
+    last = round == last_round_of(experiment)
     # 2D is first in a round: it learns from masks of the round before, 3D from its newest ones.
-    of_2d = f"{cotrain}/round-{before if network == '2d' else round}/pseudo_2d"
+    of_2d = f"{cotrain}/round-{before if network == '2d' or last else round}/pseudo_2d"
     of_3d = f"{cotrain}/round-{before}/pseudo_3d"
     teacher = SETTINGS[experiment].cotraining.teacher
-    if teacher == "mean":
+    if teacher == "mean" or (last and teacher == "other"):
         return [of_2d, of_3d]
     if teacher == "2d" or (network == "2d") == (teacher == "self"):
         return [of_2d]
@@ -284,6 +313,13 @@ def mask_set_teaching(wildcards):
         f"results/{wildcards.experiment}/cotrain/round-{wildcards.round}/"
         f"teacher_{wildcards.network}"
     )
+
+
+def training_settings_of(wildcards):
+    """Return the settings that a training depends on."""
+    last = wildcards.round == last_round_of(wildcards.experiment)
+    stage = "train_last" if last else f"train_{wildcards.network}"
+    return f"results/{wildcards.experiment}/settings/{stage}.yaml"
 
 
 def audited_masks_for(wildcards):
@@ -321,6 +357,12 @@ def weights_given_as_file(wildcards):
     """Return the path of the user's own weight file, where the weights are one."""
     weights = settings_of(wildcards).network_2d.weights
     return [] if weights in ("pypi", "timm", "random") else weights
+
+
+def own_network_of(wildcards):
+    """Return the Python file of the user's own 3D network, where there is one."""
+    architecture = settings_of(wildcards).network_3d.architecture
+    return architecture.rpartition(":")[0] if architecture else []
 
 
 def test_masks_to_average(wildcards):
@@ -414,7 +456,7 @@ def evaluations_of(experiment):
     """Return the tables of scores: both arms in every round, the means of 2D and 3D in the last."""
     if not has_test_cases(experiment):
         return []
-    rounds = rounds_of(experiment)
+    rounds = all_rounds_of(experiment)
     scored = [(network, round) for round in rounds for network in ("2d", "3d")]
     scored.append(("mean", rounds[-1]))
     return [
@@ -430,8 +472,7 @@ def curves_of(experiment):
     curves = [
         f"{folder_of_round(experiment, arm, network, round)}/train_{network}/curve.csv"
         for arm in arms
-        for round in rounds_of(experiment)
-        for network in ("2d", "3d")
+        for network, round in trained_in(experiment, all_rounds_of(experiment))
     ]
     return list(dict.fromkeys(curves))
 
@@ -440,18 +481,16 @@ def audits_of(experiment, suffix):
     """Return the audit tables (.tsv) or pages (.html) of all rounds."""
     return [
         f"results/{experiment}/cotrain/round-{round}/audit/train_{network}{suffix}"
-        for round in rounds_of(experiment)
-        for network in ("2d", "3d")
+        for network, round in trained_in(experiment, all_rounds_of(experiment))
         if is_taught(experiment, "cotrain", network, round)
     ]
 
 
 def pseudo_masks_of(experiment, rounds):
-    """Return the manifests of both networks' pseudo-masks of these rounds."""
+    """Return the manifests of all networks' pseudo-masks of these rounds."""
     return [
         manifest
-        for round in rounds
-        for network in ("2d", "3d")
+        for network, round in trained_in(experiment, rounds)
         for manifest in manifests_in(
             f"results/{experiment}/cotrain/round-{round}/pseudo_{network}",
             experiment,
@@ -481,7 +520,7 @@ def note_of(wildcards):
 
 def rounds_in_montage(experiment):
     """Return the first and the last round, and at most four between them."""
-    rounds = rounds_of(experiment)
+    rounds = all_rounds_of(experiment)
     shown = min(6, len(rounds))
     last = len(rounds) - 1
     return [rounds[round(step * last / max(1, shown - 1))] for step in range(shown)]
@@ -524,7 +563,7 @@ def everything_asked_for(wildcards):
             # Not only the pages: a table that a failed audit left out would not be missed.
             *audits_of(experiment, ".tsv"),
             *audits_of(experiment, ".html"),
-            *pseudo_masks_of(experiment, rounds_of(experiment)),
+            *pseudo_masks_of(experiment, all_rounds_of(experiment)),
         ]
     if GROUPS:
         files += expand(rules.compare.output, comparison=config["experiment"])
@@ -574,8 +613,8 @@ def compared_experiments(wildcards):
 
 
 def last_checkpoint(wildcards):
-    """Return the co-trained 3D network of the last round: the product."""
-    last = rounds_of(wildcards.experiment)[-1]
+    """Return the co-trained 3D network that was trained last: the product."""
+    last = all_rounds_of(wildcards.experiment)[-1]
     return (
         f"results/{wildcards.experiment}/cotrain/round-{last}/train_3d/checkpoint.pth"
     )

@@ -8,7 +8,7 @@ rule write_settings:
     log:
         "logs/{experiment}/settings/{stage}.log",
     wildcard_constraints:
-        stage="plan|train_2d|train_3d|infer",
+        stage="plan|train_2d|train_3d|train_last|infer",
     conda:
         "../../envs/cotrain.yaml"
     params:
@@ -70,6 +70,7 @@ rule plan:
         settings="results/{experiment}/settings/plan.yaml",
         cases="results/{experiment}/cases/labelled.tsv",
         files=lambda wildcards: files_of(wildcards.experiment, "labelled"),
+        network=own_network_of,
     output:
         plans="results/{experiment}/preprocessed/plans.json",
         dataset="results/{experiment}/preprocessed/dataset.json",

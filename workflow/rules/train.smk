@@ -8,7 +8,7 @@ rule train:
     Snakemake deletes the declared outputs of a job that fails.
     """
     input:
-        settings="results/{experiment}/settings/train_{network}.yaml",
+        settings=training_settings_of,
         plans="results/{experiment}/preprocessed/plans.json",
         labelled="results/{experiment}/cases/labelled.tsv",
         arrays=preprocessed_cases("labelled"),
