@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
@@ -25,3 +26,22 @@ def test_an_arranged_instance_norm_is_the_same_function_and_keeps_the_layout():
     torch.testing.assert_close(made, stock.eval()(volumes))
     assert made.is_contiguous(memory_format=torch.channels_last_3d)
     assert ours.state_dict().keys() == stock.state_dict().keys()
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (2, 3, 6), (1, 4, 4), (3, 3, 3)])
+def test_gradients_of_thin_volumes_hold_no_uninitialised_memory(shape):
+    gradients = []
+    for junk in (float("nan"), 1e30, float("nan"), 1e30):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv3d(32, 32, 3, padding=1))
+        arrange_for_cpu(network)
+        volumes = torch.randn(2, 32, *shape)
+        left_behind = [torch.full((1 << 18,), junk) for _ in range(6)]
+        del left_behind
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = network(volumes)
+        logits.float().square().mean().backward()
+        gradients.append(network[0].weight.grad)
+    for gradient in gradients:
+        assert torch.isfinite(gradient).all()
+        assert torch.equal(gradient, gradients[0])
