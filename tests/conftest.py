@@ -10,6 +10,7 @@ import os
 # These arrays are so small that threads mostly wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import functools
 import multiprocessing
 import signal
 import time
@@ -57,6 +58,34 @@ SETTINGS = {
     "training_3d": {"iterations_per_epoch": 8, "epochs_per_round": 4, "learning_rate": 0.03},
     "cotraining": {"sampling": {"mode": "ramp", "share_start": 0.5, "share_end": 0.5}},
     "compute": {"device": "cpu"},
+}
+MONAI_NETWORKS = Path(__file__).parents[1] / "config" / "networks" / "monai_networks.py"
+OTHER_NETWORKS_3D = {
+    # name: (settings of network_3d, learning rate)
+    "resenc": (
+        {
+            "planner": "nnUNetPlannerResEncM",
+            "features_per_stage": [4, 8, 8],
+            "patch_size": [16, 16, 32],
+        },
+        0.03,
+    ),
+    "segresnet": (
+        {
+            "architecture": f"{MONAI_NETWORKS}:SegResNet3D",
+            "arguments": {"init_filters": 8, "blocks_down": [1, 1, 1], "blocks_up": [1, 1]},
+            "patch_size": [16, 16, 32],
+        },
+        0.01,
+    ),
+    "swinunetr": (
+        {
+            "architecture": f"{MONAI_NETWORKS}:SwinUNETR3D",
+            "arguments": {"feature_size": 12, "depths": [1, 1, 1, 1]},
+            "patch_size": [32, 32, 64],
+        },
+        0.01,
+    ),
 }
 
 
@@ -195,18 +224,24 @@ def tiny(tmp_path_factory, cotrain, processes) -> Tiny:
 
 
 @pytest.fixture(scope="session")
-def tiny_resenc(tiny, tmp_path_factory, cotrain) -> Tiny:
-    """Return the tiny experiment with a residual-encoder 3D network on the same arrays."""
-    folder = tmp_path_factory.mktemp("tiny_resenc")
-    network = {"planner": "nnUNetPlannerResEncM", "features_per_stage": [4, 8, 8]}
-    settings = check(
-        SETTINGS | {"network_3d": SETTINGS["network_3d"] | network | {"patch_size": [16, 16, 32]}}
-    )
-    made = replace(tiny, settings=settings, preprocessed=folder)
-    plan(made, cotrain)
-    for split in tiny.tables:
-        (folder / split).symlink_to(tiny.preprocessed / split)
-    return made
+def tiny_with(tiny, tmp_path_factory, cotrain) -> Callable[..., Tiny]:
+    """Return a function that gives the tiny experiment another 3D network on the same arrays."""
+
+    @functools.cache
+    def with_network(name: str) -> Tiny:
+        folder = tmp_path_factory.mktemp(f"tiny_{name}")
+        network_3d, learning_rate = OTHER_NETWORKS_3D[name]
+        training = SETTINGS["training_3d"] | {"learning_rate": learning_rate}
+        settings = check(
+            SETTINGS | {"network_3d": {"batch_size": 2} | network_3d, "training_3d": training}
+        )
+        made = replace(tiny, settings=settings, preprocessed=folder)
+        plan(made, cotrain)
+        for split in tiny.tables:
+            (folder / split).symlink_to(tiny.preprocessed / split)
+        return made
+
+    return with_network
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,24 @@ from cotrain.files import sha256_of
 from cotrain.plan import configuration_2d
 from cotrain.settings import Network2D
 
-NETWORKS = ["2d full", "2d lora", "2d frozen", "3d plain", "3d resenc"]
+NETWORKS = [
+    "2d full",
+    "2d lora",
+    "2d frozen",
+    "2d pyramid",
+    "2d vit",
+    "3d plain",
+    "3d resenc",
+    "3d segresnet",
+    "3d swinunetr",
+]
+ENCODERS = {
+    "full": {"adaptation": "full"},
+    "lora": {"adaptation": "lora"},
+    "frozen": {"adaptation": "frozen"},
+    "pyramid": {"encoder": "pvt_v2_b0", "adaptation": "lora"},
+    "vit": {"encoder": "vit_tiny_patch16_224", "decoder": "DPT", "adaptation": "lora"},
+}
 STOCK_PREDICTION = """
 import sys
 sys.modules["cotrain"] = None  # as on a machine that has never heard of it: importing it fails
@@ -32,14 +49,14 @@ predict_entry_point()
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
-def network_and_experiment(request, tiny, tmp_path_factory):
+def network_and_experiment(request, tiny, tiny_with, tmp_path_factory):
     """Return `2d` or `3d` and the experiment whose plans hold the network."""
     network, kind = request.param.split()
     if network == "3d":
-        return network, tiny if kind == "plain" else request.getfixturevalue("tiny_resenc")
+        return network, tiny if kind == "plain" else tiny_with(kind)
     folder = tmp_path_factory.mktemp(f"plans_{kind}")
     plans = json.loads((tiny.preprocessed / "plans.json").read_text())
-    wanted = tiny.settings.network_2d.model_copy(update={"adaptation": kind})
+    wanted = tiny.settings.network_2d.model_copy(update=ENCODERS[kind])
     plans["configurations"]["2d_cotrain"] = configuration_2d(
         plans, Network2D.model_validate(wanted.model_dump())
     )
@@ -150,6 +167,8 @@ def test_stock_nnunet_predicts_the_same_masks_without_this_package(
     )
     environment = {name: str(tmp_path) for name in ("nnUNet_raw", "nnUNet_preprocessed")}
     environment["nnUNet_results"] = str(tmp_path / "model")
+    # Where the networks of a person's own file are found, and what the export says to set.
+    environment["PYTHONPATH"] = str(tmp_path / "model")
     subprocess.run(
         [
             *(sys.executable, "-c", STOCK_PREDICTION, "-i", str(images), "-o", str(stock)),

@@ -73,10 +73,17 @@ def run(arguments: argparse.Namespace) -> None:
     )
     with write_atomically(folder / "fold_all" / "checkpoint_final.pth") as temporary:
         torch.save(checkpoint, temporary)
+    # A network of a person's own file needs it wherever the model goes.
+    module = planned.configuration("3d").network_arch_class_name.split(".")[0]
+    own_file = arguments.preprocessed / f"{module}.py"
+    python_path = ""
+    if own_file.is_file():
+        write_text(own_file.read_text(), arguments.out_dir / own_file.name)
+        python_path = f"PYTHONPATH={arguments.out_dir} "
     channels = json.dumps(dataset["channel_names"])
     print(
         f"Model written. Predict images named CASE_0000.nii.gz (channels {channels}) with\n"
-        f"  nnUNet_results={arguments.out_dir} nnUNetv2_predict -i IMAGES -o MASKS "
+        f"  {python_path}nnUNet_results={arguments.out_dir} nnUNetv2_predict -i IMAGES -o MASKS "
         f"-d {plans['dataset_name']} -c {configuration} -f all "
         f"-step_size {stage.inference.tile_step_size}\n"
         "and with -device cpu where there is no GPU."

@@ -6,6 +6,7 @@ configurations of that one plans file on one preprocessed grid.
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,14 @@ def nnunet_folders() -> Iterator[Path]:
                     os.environ[name] = value
 
 
+def make_importable(folder: str | Path, plans: dict) -> None:
+    """Let nnU-Net find a network's class in a Python file that lies beside the plans."""
+    for configuration in plans["configurations"].values():
+        name = configuration["architecture"]["network_class_name"]
+        if Path(folder, f"{name.split('.')[0]}.py").is_file() and str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+
+
 @dataclass(frozen=True)
 class Planned:
     """The frozen plans of an experiment.
@@ -63,6 +72,7 @@ class Planned:
                     f"{path} does not exist; run `cotrain plan` into that folder first."
                 )
             content[name] = json.loads(path.read_text())
+        make_importable(folder, content["plans"])
         return cls(**content)
 
     @cached_property

@@ -5,14 +5,15 @@ settings ask for it and add the 2D network as a configuration on the same prepro
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import shutil
 from pathlib import Path
 
 from cotrain.errors import InputError
-from cotrain.files import read_table, write_json
-from cotrain.nnunet import CONFIGURATIONS, Planned, nnunet_folders
+from cotrain.files import read_table, sha256_of, write_json
+from cotrain.nnunet import CONFIGURATIONS, Planned, make_importable, nnunet_folders
 from cotrain.settings import Network2D, Network3D, PlanStage, load
 
 DATASET_NAME = "Dataset001_cotrain"
@@ -80,6 +81,53 @@ def narrowed_3d(configuration: dict, wanted: Network3D) -> dict:
     return configuration
 
 
+def replaced_3d(configuration: dict, wanted: Network3D, folder: Path) -> dict:
+    """Return a 3d_fullres configuration with the network of a person's own file.
+
+    The file is copied into `folder`, beside the plans, and its hash stands in the plans: another
+    file is another plan. Raises InputError where it cannot be used.
+    """
+    file, _, class_name = wanted.architecture.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise InputError(
+            f"network_3d.architecture names the file {path}, which does not exist in {Path.cwd()}; "
+            "give the path of a Python file, a colon and a class in it."
+        )
+    if not path.stem.isidentifier() or _is_another_module(path):
+        raise InputError(
+            f"network_3d.architecture: {path.name} has the name of another module, or one that "
+            "Python cannot import; rename the file, e.g. my_networks.py."
+        )
+    if wanted.features_per_stage is not None:
+        raise InputError(
+            "network_3d.features_per_stage belongs to nnU-Net's own networks; remove it beside "
+            "network_3d.architecture, and give what the class takes in network_3d.arguments."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(path, folder / path.name)
+    configuration = json.loads(json.dumps(configuration))
+    configuration["architecture"] = {
+        "network_class_name": f"{path.stem}.{class_name}",
+        "arch_kwargs": dict(wanted.arguments),
+        "_kw_requires_import": [],
+        "file_sha256": sha256_of(path),
+    }
+    if wanted.patch_size is not None:
+        configuration["patch_size"] = list(wanted.patch_size)
+    if wanted.batch_size is not None:
+        configuration["batch_size"] = wanted.batch_size
+    return configuration
+
+
+def _is_another_module(path: Path) -> bool:
+    """Return whether Python already knows a module of a file's name that is not a copy of it."""
+    known = importlib.util.find_spec(path.stem)
+    return known is not None and (
+        not known.has_location or sha256_of(known.origin) != sha256_of(path)
+    )
+
+
 def configuration_2d(plans: dict, wanted: Network2D) -> dict:
     """Return the 2D network as a configuration that inherits the 3D grid.
 
@@ -127,6 +175,40 @@ def check_network_2d(planned: Planned, wanted: Network2D) -> None:
         ) from error
 
 
+def check_network_3d(planned: Planned, wanted: Network3D) -> None:
+    """Build a person's own 3D network and ask for its output's shape, without computing it.
+
+    Raises InputError where it cannot be built or gives something else than a logit for each class
+    and voxel.
+    """
+    import torch
+
+    patch = list(planned.configuration("3d").patch_size)
+    try:
+        network = planned.build_network("3d", deep_supervision=False).eval().to("meta")
+        with torch.inference_mode():
+            given = network(torch.empty(1, planned.channel_count, *patch, device="meta"))
+    except (
+        AssertionError,
+        AttributeError,
+        ImportError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise InputError(
+            f"network_3d does not work: {wanted.architecture} with {wanted.arguments} on patches "
+            f"of {patch}: {error}; choose other arguments or another network_3d.patch_size."
+        ) from error
+    expected = [1, planned.class_count, *patch]
+    if not isinstance(given, torch.Tensor) or list(given.shape) != expected:
+        shape = list(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
+        raise InputError(
+            f"network_3d: {wanted.architecture} gives {shape} for a patch, wanted a tensor of "
+            f"{expected}: a logit for each class and voxel, without deep supervision."
+        )
+
+
 def plan(stage: PlanStage, cases: list[dict], out_dir: Path, *, jobs: int) -> None:
     """Write plans.json, dataset.json and dataset_fingerprint.json into `out_dir`."""
     from nnunetv2.experiment_planning.plan_and_preprocess_api import (
@@ -151,11 +233,17 @@ def plan(stage: PlanStage, cases: list[dict], out_dir: Path, *, jobs: int) -> No
                 "nnU-Net planned no 3D configuration: the labelled images are single slices; "
                 "give volumes of more than one slice."
             )
-        plans["configurations"] = {
-            CONFIGURATIONS["3d"]: narrowed_3d(
-                plans["configurations"][CONFIGURATIONS["3d"]], stage.network_3d
-            )
-        }
+        planned_3d = plans["configurations"][CONFIGURATIONS["3d"]]
+        if stage.network_3d.architecture is None:
+            plans["configurations"] = {
+                CONFIGURATIONS["3d"]: narrowed_3d(planned_3d, stage.network_3d)
+            }
+        else:
+            plans["configurations"] = {
+                CONFIGURATIONS["3d"]: replaced_3d(planned_3d, stage.network_3d, out_dir)
+            }
+            make_importable(out_dir, plans)
+            check_network_3d(Planned(plans, description), stage.network_3d)
         plans["configurations"][CONFIGURATIONS["2d"]] = configuration_2d(plans, stage.network_2d)
         check_network_2d(Planned(plans, description), stage.network_2d)
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -165,7 +253,8 @@ def plan(stage: PlanStage, cases: list[dict], out_dir: Path, *, jobs: int) -> No
     full, slices = (plans["configurations"][CONFIGURATIONS[network]] for network in ("3d", "2d"))
     print(
         f"Grid: {full['spacing']} mm, median {full['median_image_size_in_voxels']} voxels. "
-        f"3D: patch {full['patch_size']}, batch {full['batch_size']}, features "
+        f"3D: {full['architecture']['network_class_name'].split('.')[-1]}, patch "
+        f"{full['patch_size']}, batch {full['batch_size']}, features "
         f"{full['architecture']['arch_kwargs'].get('features_per_stage')}. "
         f"2D: patch {slices['patch_size']}, batch {slices['batch_size']}."
     )
