@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
+import yaml
 
-from cotrain import settings
 from cotrain.errors import InputError
+from cotrain.experiments import experiments_of as experiments_in
 from cotrain.files import read_table, write_atomically, write_table, write_text
+from cotrain.settings import Settings, check
 from cotrain.summary import paired_gain, read_evaluations
 
 CLONE = Path(__file__).parents[1]
@@ -41,19 +43,22 @@ class Method(NamedTuple):
     network: str
 
 
-SELF = {"cotraining.teacher": "self", "cotraining.first_teacher": "both_labels_only"}
 EXPERIMENTS: dict[str, dict[str, str]] = {
     "own": {},
-    "other": {"cotraining.teacher": "other"},
-    "paper": {"recipe": "paper"},
+    "rounds_only": {"training_3d.epochs_per_round": "{spread}", "cotraining.last_epochs": "0"},
+    "paper": {
+        "recipe": "paper",
+        "cotraining": "{{}}",
+        "training_3d.epochs_per_round": "{after_warmup}",
+    },
     "one_way": {"cotraining.teacher": "2d"},
-    "self": SELF,
+    "self": {"cotraining.teacher": "self", "cotraining.first_teacher": "both_labels_only"},
     "random_2d": {"network_2d.weights": "random"},
-    # As many 3D steps as take the time of everything that co-training computes.
-    "long_3d": {"training_3d.epochs_per_round": "{long}"},
+    "long_3d": {"training_3d.epochs_per_round": "{long}", "cotraining.last_epochs": "0"},
     "full": {},
 }
-"""Settings in which an experiment differs from the configuration file."""
+"""Settings in which an experiment differs from the configuration file. The 3D network has as many
+epochs in all of them but `long_3d`, which gets the time of everything that co-training computes."""
 PEERS = {"mean_teacher": 0.8, "cross_pseudo": 0.5}
 """Peers trained by benchmarks/peers.py, and their 3D epochs as a share of long_3d's: what its time
 allows, with the teacher's or the second network's work in each step."""
@@ -68,7 +73,7 @@ METHODS = [
     Method("two 3D, cross pseudo supervision", "cross_pseudo", "cotrain", "3d"),
     Method("3D taught by 2D, one way", "one_way", "cotrain", "3d"),
     Method("3D, recipe: paper", "paper", "cotrain", "3d"),
-    Method("3D, each learns from the other", "other", "cotrain", "3d"),
+    Method("3D, co-trained without a last training", "rounds_only", "cotrain", "3d"),
     Method("2D, co-trained", "own", "cotrain", "2d"),
     Method("3D, co-trained", "own", "cotrain", "3d"),
     Method("mean of both, co-trained", "own", "cotrain", "mean"),
@@ -78,20 +83,21 @@ BASELINE, BOUND = METHODS[2], METHODS[-1]
 
 
 class Data(NamedTuple):
-    """A data set: its settings and case table, and 3D epochs a round that take equal time."""
+    """A data set: its settings, case table and labels, and the share of its co-training's processor
+    time that training 3D takes."""
 
     title: str
     config: str
     cases: str
-    long: int
+    share_of_3d: float
 
 
 DATA = {
     "left_atrium": Data(
-        "Left atrium", "config/left_atrium_4.yaml", "config/cases/left_atrium_4.tsv", 36
+        "Left atrium", "config/left_atrium_4.yaml", "config/cases/left_atrium_4.tsv", 0.5
     ),
     "hippocampus": Data(
-        "Hippocampus", "config/hippocampus_4.yaml", "config/cases/hippocampus_4.tsv", 36
+        "Hippocampus", "config/hippocampus_4.yaml", "config/cases/hippocampus_4.tsv", 0.5
     ),
 }
 
@@ -133,51 +139,63 @@ def name_of(data: str, labelled: int, block: int, experiment: str) -> str:
     return f"accuracy_{data}_{labelled}_set{block}_{experiment}"
 
 
-def table_of_experiments(
-    data: str, labelled: int, block: int, experiments: list[str], folder: Path
-) -> Path:
-    """Write the case tables and the table of experiments of one labelled set; return the latter."""
+def epochs_of_3d(own: Settings) -> int:
+    """Return all epochs of the 3D network in an experiment whose first teacher is 2D."""
+    return own.rounds * own.training_3d.epochs_per_round + own.cotraining.last_epochs
+
+
+def experiments_of(
+    data: str, sets: list[tuple[int, int]], experiments: list[str], folder: Path
+) -> tuple[Path, dict[tuple[int, int, str], Settings]]:
+    """Write the tables that the workflow reads; return that of the experiments, and their settings.
+
+    sets: (labelled cases, block). The settings are keyed by (labelled, block, experiment).
+    """
+    content = yaml.safe_load((CLONE / DATA[data].config).read_text())
+    own = check(content, source=DATA[data].config)
+    epochs = epochs_of_3d(own)
+    numbers = {
+        "spread": round(epochs / own.rounds),
+        "after_warmup": round((epochs - own.training_3d.warmup_epochs) / (own.rounds - 1)),
+        "long": round(epochs / DATA[data].share_of_3d / own.rounds),
+    }
     cases = read_table(CLONE / DATA[data].cases)
-    rows = []
-    for experiment in experiments:
-        full = experiment == "full"
-        table = folder / f"cases_{'full' if full else f'{labelled}_set{block}'}.tsv"
-        wanted = (
-            all_labelled(cases) if full else labelled_block(cases, labelled=labelled, block=block)
-        )
-        write_table(wanted, table)
-        changes = {
-            key: value.format(long=DATA[data].long)
-            for key, value in EXPERIMENTS[experiment].items()
-        }
-        rows.append(
-            {
-                "experiment": name_of(data, labelled, block, experiment),
-                "seed": block,
-                "cases": table.resolve(),
-                **changes,
+    rows, keys = [], []
+    for labelled, block in sets:
+        for experiment in experiments:
+            if experiment == "full":
+                table, wanted = folder / "cases_full.tsv", all_labelled(cases)
+            else:
+                table = folder / f"cases_{labelled}_set{block}.tsv"
+                wanted = labelled_block(cases, labelled=labelled, block=block)
+            # A newer file would train everything again.
+            if not table.is_file() or not read_table(table).equals(wanted):
+                write_table(wanted, table)
+            changes = {
+                key: value.format(**numbers) for key, value in EXPERIMENTS[experiment].items()
             }
-        )
-    path = folder / f"experiments_{labelled}_set{block}.tsv"
+            name = name_of(data, labelled, block, experiment)
+            rows.append({"experiment": name, "seed": block, "cases": table.resolve(), **changes})
+            keys.append((labelled, block, experiment))
+    path = folder / "experiments.tsv"
     write_table(pd.DataFrame(rows).fillna(""), path)
-    return path
+    content = {**content, "experiment": f"accuracy_{data}", "experiments": str(path)}
+    checked, _ = experiments_in(content, source=DATA[data].config)
+    return path, dict(zip(keys, checked.values(), strict=True))
 
 
-def rounds_of(data: str) -> int:
-    """Return the rounds that a data set's settings ask for."""
-    return settings.load(CLONE / DATA[data].config).rounds
+def last_round_of(settings: Settings) -> int:
+    """Return the number of the last round, or of the last training after it."""
+    return settings.rounds if settings.cotraining.last_epochs else settings.rounds - 1
 
 
-def labels_of(data: str) -> list[str]:
-    """Return the labels of a data set as name=value words."""
-    labels = settings.load(CLONE / DATA[data].config).labels
-    return [f"{name}={value}" for name, value in labels.items()]
-
-
-def evaluation_of(data: str, method: Method, name: str) -> str:
+def evaluation_of(method: Method, settings: Settings) -> str:
     """Return the path of the scores that a method is judged by."""
-    last = rounds_of(data) - 1
-    return f"results/{name}/evaluation/{method.arm}_{method.network}_round-{last:02d}.tsv"
+    last = last_round_of(settings)
+    return (
+        f"results/{settings.experiment}/evaluation/"
+        f"{method.arm}_{method.network}_round-{last:02d}.tsv"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -188,77 +206,101 @@ def run(arguments: argparse.Namespace) -> None:
             f"There is no experiment {sorted(unknown)[0]!r}; wanted "
             f"{', '.join([*EXPERIMENTS, *PEERS])}."
         )
-    methods = [method for method in METHODS if method.experiment in arguments.experiments]
-    for labelled in arguments.labelled:
-        for block in arguments.sets:
-            run_workflow(arguments, labelled, block, methods)
-            run_peers(arguments, labelled, block)
-            store(arguments.data, labelled, block, methods)
+    asked = [method for method in METHODS if method.experiment in arguments.experiments]
+    methods = [method for method in asked if method.experiment in EXPERIMENTS]
+    peers = [method for method in asked if method.experiment in PEERS]
+    # Peers train on its arrays.
+    experiments = [*dict.fromkeys([*(["own"] if peers else []), *(m.experiment for m in methods)])]
+    sets = [(labelled, block) for labelled in arguments.labelled for block in arguments.sets]
+    folder = CLONE / "data" / "accuracy" / arguments.data
+    table, settings = experiments_of(arguments.data, sets, experiments, folder)
+    for place in sets:
+        for method in peers:
+            name = name_of(arguments.data, *place, method.experiment)
+            settings[*place, method.experiment] = settings[*place, "own"].model_copy(
+                update={"experiment": name}
+            )
+    run_workflow(arguments, table, settings, sets, methods, with_peers=bool(peers))
+    for place in sets:
+        run_peers(arguments.data, place, settings, peers)
+        store(arguments.data, place, settings, asked)
 
 
 def run_workflow(
-    arguments: argparse.Namespace, labelled: int, block: int, methods: list[Method]
+    arguments: argparse.Namespace,
+    table: Path,
+    settings: dict[tuple[int, int, str], Settings],
+    sets: list[tuple[int, int]],
+    methods: list[Method],
+    *,
+    with_peers: bool,
 ) -> None:
-    """Let Snakemake make the scores of all methods but the peers, on one labelled set."""
-    data = arguments.data
-    wanted = [method for method in methods if method.experiment in EXPERIMENTS]
-    experiments = list(dict.fromkeys(method.experiment for method in wanted))
+    """Let Snakemake make the scores of all methods but the peers."""
     targets = {
-        evaluation_of(data, method, name_of(data, labelled, block, method.experiment))
-        for method in wanted
+        evaluation_of(method, settings[*place, method.experiment])
+        for place in sets
+        for method in methods
     }
-    if set(arguments.experiments) & set(PEERS) and "own" not in experiments:
-        # Peers train on its arrays.
-        experiments.append("own")
-        own = name_of(data, labelled, block, "own")
-        targets |= {f"results/{own}/settings/{stage}.yaml" for stage in ("train_3d", "infer")}
+    for place in sets if with_peers else []:
+        own = f"results/{settings[*place, 'own'].experiment}"
+        targets |= {f"{own}/settings/{stage}.yaml" for stage in ("train_3d", "infer")}
         targets |= {
-            f"results/{own}/preprocessed/{split}/manifest-0.tsv"
+            f"{own}/preprocessed/{split}/manifest-0.tsv"
             for split in ("labelled", "unlabelled", "test")
         }
-    folder = CLONE / "data" / "accuracy" / data
-    table = table_of_experiments(data, labelled, block, experiments, folder)
     command = [sys.executable, "-m", "snakemake", *sorted(targets)]
     command += ["--cores", str(arguments.cores), "--quiet", "rules"]
-    command += ["--configfile", DATA[data].config]
+    command += ["--configfile", DATA[arguments.data].config]
     # One thread a job: two trainings side by side are faster than one with two threads.
     command += ["--set-threads", "train=1", "infer_pseudo_masks=1", "infer_test_masks=1"]
     command += ["--config", f"data_folder={arguments.data_folder.resolve()}"]
-    command += [f"experiment=accuracy_{data}", f"experiments={table}"]
+    command += [f"experiment=accuracy_{arguments.data}", f"experiments={table}"]
     subprocess.run(command, cwd=CLONE, check=True)
 
 
-def run_peers(arguments: argparse.Namespace, labelled: int, block: int) -> None:
-    """Train and score the peers that are asked for and missing, side by side."""
-    data = arguments.data
-    own = CLONE / "results" / name_of(data, labelled, block, "own")
+def run_peers(
+    data: str,
+    place: tuple[int, int],
+    settings: dict[tuple[int, int, str], Settings],
+    peers: list[Method],
+) -> None:
+    """Train and score the peers that are missing on a labelled set, side by side."""
+    own = settings.get((*place, "own"))
     running = []
-    for peer in sorted(set(arguments.experiments) & set(PEERS)):
-        name = name_of(data, labelled, block, peer)
-        (method,) = (each for each in METHODS if each.experiment == peer)
-        scores = CLONE / evaluation_of(data, method, name)
+    for method in peers:
+        name = settings[*place, method.experiment].experiment
+        scores = CLONE / evaluation_of(method, settings[*place, method.experiment])
         if scores.is_file():
             continue
-        epochs = round(PEERS[peer] * rounds_of(data) * DATA[data].long)
-        command = [sys.executable, CLONE / "benchmarks" / "peers.py", "--peer", peer]
-        command += ["--experiment", own, "--epochs", epochs, "--scores", scores]
-        command += ["--out-dir", CLONE / "results" / name, "--labels", *labels_of(data)]
+        epochs = round(PEERS[method.experiment] * epochs_of_3d(own) / DATA[data].share_of_3d)
+        command = [sys.executable, CLONE / "benchmarks" / "peers.py"]
+        command += ["--peer", method.experiment, "--epochs", epochs, "--scores", scores]
+        command += ["--experiment", CLONE / "results" / own.experiment]
+        command += ["--out-dir", CLONE / "results" / name]
+        command += ["--labels", *(f"{label}={value}" for label, value in own.labels.items())]
         running.append(subprocess.Popen([str(word) for word in command], cwd=CLONE))
     if any([process.wait() for process in running]):
         raise InputError("A peer was not trained; its error is above.")
 
 
-def store(data: str, labelled: int, block: int, methods: list[Method]) -> None:
+def store(
+    data: str,
+    place: tuple[int, int],
+    settings: dict[tuple[int, int, str], Settings],
+    methods: list[Method],
+) -> None:
     """Put the scores, minutes and mask qualities of one labelled set into the stored tables."""
     rows, masks = [], []
     for method in methods:
-        name = name_of(data, labelled, block, method.experiment)
-        key = dict(zip(KEY, (data, labelled, block, method.experiment), strict=True))
-        (scores,) = read_evaluations([CLONE / evaluation_of(data, method, name)]).values()
+        own = settings[*place, method.experiment]
+        key = dict(zip(KEY, (data, *place, method.experiment), strict=True))
+        (scores,) = read_evaluations([CLONE / evaluation_of(method, own)]).values()
         if method.experiment in PEERS:
-            spent = float((CLONE / "results" / name / "minutes.txt").read_text())
+            spent = float((CLONE / "results" / own.experiment / "minutes.txt").read_text())
         else:
-            spent = minutes_of(CLONE / "benchmarks" / name, method, rounds=rounds_of(data))
+            spent = minutes_of(
+                CLONE / "benchmarks" / own.experiment, method, last=last_round_of(own)
+            )
         for case, row in scores.iterrows():
             rows.append(
                 {
@@ -270,7 +312,8 @@ def store(data: str, labelled: int, block: int, methods: list[Method]) -> None:
                     "minutes": f"{spent:.2f}",
                 }
             )
-        for audit in sorted((CLONE / "results" / name).glob("cotrain/round-*/audit/train_*.tsv")):
+        results = CLONE / "results" / own.experiment
+        for audit in sorted(results.glob("cotrain/round-*/audit/train_*.tsv")):
             taught = read_table(audit)
             masks.append(
                 {
@@ -286,10 +329,11 @@ def store(data: str, labelled: int, block: int, methods: list[Method]) -> None:
         _replace_rows(STORED_MASKS, pd.DataFrame(masks).astype(str).drop_duplicates())
 
 
-def minutes_of(benchmarks: Path, method: Method, *, rounds: int) -> float:
+def minutes_of(benchmarks: Path, method: Method, *, last: int) -> float:
     """Return the processor minutes of all training and mask making that a method needs.
 
     benchmarks: Snakemake's tables of the experiment. Its test masks and scores are not counted.
+    last: number of its last round.
     """
     if method.arm == "cotrain":
         tables = [
@@ -299,16 +343,15 @@ def minutes_of(benchmarks: Path, method: Method, *, rounds: int) -> float:
         ]
     else:
         networks = ["2d", "3d"] if method.network == "mean" else [method.network]
-        # A training that nobody has taught so far is the same in both arms.
-        tables = [
-            next(
-                table
-                for arm in ("labels_only", "cotrain")
-                if (table := benchmarks / f"{arm}/round-{number:02d}/train_{network}.tsv").is_file()
-            )
-            for number in range(rounds)
-            for network in networks
-        ]
+        # A training that nobody has taught so far is the same in both arms; 2D has no last one.
+        tables = []
+        for number in range(last + 1):
+            for network in networks:
+                of_round = [
+                    benchmarks / f"{arm}/round-{number:02d}/train_{network}.tsv"
+                    for arm in ("labels_only", "cotrain")
+                ]
+                tables += [table for table in of_round if table.is_file()][:1]
     return sum(float(read_table(table)["cpu_time"].iloc[-1]) for table in tables) / 60
 
 

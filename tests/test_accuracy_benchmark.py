@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from cotrain.errors import InputError
-from cotrain.experiments import experiments_of
 from cotrain.files import read_table
+from cotrain.schedule import Schedule
 
 CLONE = Path(__file__).parents[1]
 
@@ -54,18 +54,16 @@ def test_the_upper_bound_keeps_the_test_cases_apart(accuracy, cases):
 
 
 @pytest.mark.parametrize("data", ["left_atrium", "hippocampus"])
-def test_all_experiments_are_valid_settings_on_the_same_cases_and_seed(accuracy, data, tmp_path):
-    path = accuracy.table_of_experiments(data, 4, 1, list(accuracy.EXPERIMENTS), tmp_path)
-    content = {
-        "experiment": "all",
-        "experiments": str(path),
-        "cases": "cases.tsv",
-        "labels": {"organ": 1},
-    }
-    experiments, _ = experiments_of(content, source="test")
-    assert {settings.seed for settings in experiments.values()} == {1}
-    tables = {name: str(settings.cases) for name, settings in experiments.items()}
-    full = tables.pop(accuracy.name_of(data, 4, 1, "full"))
+def test_all_experiments_are_valid_settings_on_the_same_cases_and_seed(
+    accuracy, data, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(CLONE)
+    names = list(accuracy.EXPERIMENTS)
+    _, both = accuracy.experiments_of(data, [(4, 0), (4, 1)], names, tmp_path)
+    settings = {experiment: each for (_, block, experiment), each in both.items() if block}
+    assert {each.seed for each in settings.values()} == {1}
+    tables = {name: str(each.cases) for name, each in settings.items()}
+    full = tables.pop("full")
     (same,) = set(tables.values())
     labelled = {
         path: read_table(path).query("split == 'labelled'")["case"].tolist()
@@ -74,6 +72,23 @@ def test_all_experiments_are_valid_settings_on_the_same_cases_and_seed(accuracy,
     assert len(labelled[same]) == 4
     assert len(labelled[full]) > 40
     assert set(labelled[same]) <= set(labelled[full])
+
+
+@pytest.mark.parametrize("data", ["left_atrium", "hippocampus"])
+def test_3d_has_as_many_epochs_in_all_experiments_but_the_long_one(
+    accuracy, data, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(CLONE)
+    _, settings = accuracy.experiments_of(data, [(4, 0)], list(accuracy.EXPERIMENTS), tmp_path)
+    epochs = {}
+    for (_, _, name), each in settings.items():
+        stage = each.stages()["train_last"]
+        schedule = Schedule("3d", stage.training, stage.cotraining, stage.last_round)
+        epochs[name] = schedule.window(accuracy.last_round_of(each)).stop
+    long = epochs.pop("long_3d")
+    assert max(epochs.values()) - min(epochs.values()) <= 2
+    share = accuracy.DATA[data].share_of_3d
+    assert long == pytest.approx(epochs["own"] / share, abs=2)
 
 
 def test_every_method_belongs_to_an_experiment_that_can_be_run(accuracy):
