@@ -1,13 +1,22 @@
 """Plans: nnU-Net's 3D network narrowed, the 2D network beside it, and arrays that fit the plans."""
 
 import json
+import re
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 
 from cotrain.errors import InputError
-from cotrain.nnunet import Planned
-from cotrain.plan import configuration_2d, dataset_description, narrowed_3d
+from cotrain.nnunet import Planned, make_importable
+from cotrain.plan import (
+    check_network_3d,
+    configuration_2d,
+    dataset_description,
+    narrowed_3d,
+    replaced_3d,
+)
 from cotrain.settings import Network2D, Network3D, PlanStage
 
 PLANNED = {
@@ -96,6 +105,68 @@ def test_both_networks_share_the_grid(tiny):
     assert (planned.class_count, planned.channel_count) == (3, 1)
     assert planned.has_deep_supervision("3d")
     assert not planned.has_deep_supervision("2d")
+
+
+EXAMPLE = (Path(__file__).parents[1] / "docs" / "backbones.md").read_text()
+EXAMPLE = re.search(r"```python\n(.*?)```", EXAMPLE, re.DOTALL)[1]
+
+
+@pytest.fixture
+def replaced(tiny, tmp_path):
+    """Return a function that puts the documentation's network into the tiny experiment's plans."""
+
+    def make(name: str = "ten_lines.py:TwoLayers", *, code: str = EXAMPLE, **settings):
+        (tmp_path / name.partition(":")[0]).write_text(code)
+        wanted = Network3D(architecture=f"{tmp_path / name}", **settings)
+        plans = json.loads((tiny.preprocessed / "plans.json").read_text())
+        whole = plans["configurations"]["3d_fullres"]
+        plans["configurations"]["3d_fullres"] = replaced_3d(whole, wanted, tmp_path / "plans")
+        make_importable(tmp_path / "plans", plans)
+        planned = Planned(plans, Planned.read(tiny.preprocessed).dataset)
+        check_network_3d(planned, wanted)
+        return planned
+
+    yield make
+    sys.path[:] = [each for each in sys.path if not each.startswith(str(tmp_path))]
+    for name in ("ten_lines", "one_logit", "misspelt"):
+        sys.modules.pop(name, None)
+
+
+def test_the_documentations_own_network_is_built_from_its_file_beside_the_plans(replaced):
+    planned = replaced(arguments={"width": 5}, batch_size=3)
+    network = planned.build_network("3d", deep_supervision=False)
+    assert network.layers[0].out_channels == 5
+    assert planned.configuration("3d").batch_size == 3
+    assert not planned.has_deep_supervision("3d")
+    first = planned.plans["configurations"]["3d_fullres"]["architecture"]["file_sha256"]
+    again = replaced(code=EXAMPLE)
+    assert again.plans["configurations"]["3d_fullres"]["architecture"]["file_sha256"] == first
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "sentence"),
+    [
+        ("json.py:TwoLayers", {}, "has the name of another module"),
+        ("ten-lines.py:TwoLayers", {}, "that Python cannot import"),
+        ("ten_lines.py:TwoLayers", {"features_per_stage": (4, 8)}, "belongs to nnU-Net's own"),
+        ("ten_lines.py:TwoLayers", {"arguments": {"height": 3}}, "does not work: .*height"),
+        ("misspelt.py:ThreeLayers", {}, "does not work"),
+        (
+            "one_logit.py:TwoLayers",
+            {"code": EXAMPLE.replace("width, num_classes", "width, 1")},
+            "gives .*1, 1, 12, 16, 32.*, wanted a tensor of .*1, 3, 12, 16, 32",
+        ),
+    ],
+)
+def test_a_network_that_does_not_fit_is_refused_in_planning(replaced, name, changes, sentence):
+    with pytest.raises(InputError, match=sentence):
+        replaced(name, **changes)
+
+
+def test_a_missing_network_file_is_refused(tmp_path):
+    wanted = Network3D(architecture=f"{tmp_path}/nowhere.py:Network")
+    with pytest.raises(InputError, match=r"nowhere\.py, which does not exist"):
+        replaced_3d(PLANNED, wanted, tmp_path)
 
 
 def test_the_axis_of_the_largest_spacing_comes_first(tiny):

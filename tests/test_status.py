@@ -214,6 +214,17 @@ def test_a_control_waits_for_no_round_00_that_it_shares_whole(experiment):
     assert line == "labels only | 00 | - | - | - | - | - | - | - | -"
 
 
+def test_after_the_rounds_only_3d_is_waited_for(experiment):
+    folder = experiment / "results/demo"
+    write(folder / "settings/train_last.yaml", "last_round: 2\n")
+    for arm in ("cotrain", "labels_only"):
+        write(folder / f"{arm}/round-02/train_3d/checkpoint.pth")
+    text = status_text(folder, benchmarks=experiment / "b", logs=experiment / "l", now=NOW)
+    lines = [re.sub(r"  +", " | ", line) for line in text.splitlines()]
+    assert "co-trained | 02 | - | - | done | waiting | waiting | - | - | -" in lines
+    assert "labels only | 02 | - | - | done | - | waiting | - | - | -" in lines
+
+
 def test_an_experiment_without_test_cases_waits_for_no_test(tmp_path):
     folder = tmp_path / "results/demo"
     write(folder / "cases/test.tsv", "case\timage\tlabel\n")
