@@ -376,6 +376,29 @@ def test_after_the_rounds_3d_alone_learns_from_the_mean_of_all_last_masks(projec
 
 
 @pytest.mark.parametrize(
+    ("masks", "changes", "heard"),
+    [
+        ("pseudo_3d", {"rounds": 2}, False),
+        ("pseudo_3d", LAST, True),
+        ("pseudo_2d", {"rounds": 2}, True),
+        ("teacher_3d", {"rounds": 2}, True),
+        ("teacher_3d", {"rounds": 2, "cotraining__teacher": "other"}, False),
+    ],
+)
+def test_a_verdict_on_masks_that_teach_nobody_is_told(
+    project: Path, masks: str, changes: dict, heard: bool
+):
+    (project / "review.tsv").write_text(
+        f"case\tround\tmasks\tverdict\tmask\ncase_3\t1\t{masks}\texclude\t\n"
+    )
+    config = settings_file(project, review="review.tsv", **changes)
+    ran = snakemake(project, "-n", "--configfile", str(config))
+    assert ran.returncode == 0, ran.stderr
+    told = f"the verdict on {masks} of case_3 in round 1 changes nothing"
+    assert (told in ran.stdout + ran.stderr) != heard
+
+
+@pytest.mark.parametrize(
     ("teacher", "masks"),
     [
         ("other", "round-02/teacher_3d"),

@@ -252,7 +252,7 @@ class Settings(Section):
     recipe: Literal["own", "paper"] = Field(
         "own", description="paper: sets the cotraining section to the paper's values."
     )
-    rounds: int = Field(3, ge=1, le=100, description="Rounds to run, round 00 included.")
+    rounds: int = Field(3, ge=1, le=99, description="Rounds to run, round 00 included.")
     shards: int = Field(
         1, ge=1, description="Jobs that share the inference of a mask set; they run side by side."
     )

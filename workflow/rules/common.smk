@@ -134,30 +134,6 @@ except InputError as error:
     raise WorkflowError(str(error)) from None
 
 
-def say_what_is_easily_missed():
-    """Warn of settings that are allowed and hardly meant, before anything is computed."""
-    for experiment, settings in SETTINGS.items():
-        scheduled = settings.cotraining.schedule_rounds
-        if settings.rounds < scheduled:
-            logger.warning(
-                f"{experiment}: the rate anneals to 0 over {scheduled} rounds "
-                f"(cotraining.schedule_rounds), but only {settings.rounds} are run (rounds)."
-            )
-        last = int(all_rounds_of(experiment)[-1])
-        for row in REVIEWS[experiment]:
-            unheard = int(row["round"]) == last and row["masks"] == "pseudo_3d"
-            if unheard or (
-                settings.cotraining.teacher != "mean" and "teacher" in row["masks"]
-            ):
-                logger.warning(
-                    f"{settings.review}: the verdict on {row['masks']} of {row['case']} in round "
-                    f"{row['round']} changes nothing, because these masks teach no network."
-                )
-
-
-if workflow.is_main_process:
-    say_what_is_easily_missed()
-
 # Lets envs/cotrain.post-deploy.sh find the package, wherever Snakemake is called from.
 os.environ.update(COTRAIN_CLONE=str(workflow.basedir))
 
@@ -304,15 +280,12 @@ def mask_sets_behind(experiment, network, round):
     return [of_3d]
 
 
-def mask_set_teaching(wildcards):
-    """Return the folder of the masks that teach the network: one set's own, or a mean of two."""
-    behind = mask_sets_behind(wildcards.experiment, wildcards.network, wildcards.round)
+def mask_set_teaching(experiment, network, round):
+    """Return the folder of the masks that teach `network`: one set's own, or a mean of two."""
+    behind = mask_sets_behind(experiment, network, round)
     if len(behind) == 1:
         return behind[0]
-    return (
-        f"results/{wildcards.experiment}/cotrain/round-{wildcards.round}/"
-        f"teacher_{wildcards.network}"
-    )
+    return f"results/{experiment}/cotrain/round-{round}/teacher_{network}"
 
 
 def training_settings_of(wildcards):
@@ -384,9 +357,8 @@ def test_masks_to_average(wildcards):
 
 def manifests_of_teaching_masks(wildcards):
     """Return all manifests of the masks to audit."""
-    return manifests_in(
-        mask_set_teaching(wildcards), wildcards.experiment, "unlabelled"
-    )
+    masks = mask_set_teaching(wildcards.experiment, wildcards.network, wildcards.round)
+    return manifests_in(masks, wildcards.experiment, "unlabelled")
 
 
 def folders_of(manifests):
@@ -406,14 +378,24 @@ def manifests_behind_teaching_masks(wildcards):
 
 def verdicts_on(wildcards):
     """Return a person's verdicts on the masks of this audit, or on those they come from."""
-    behind = mask_sets_behind(wildcards.experiment, wildcards.network, wildcards.round)
-    folders = [*behind, mask_set_teaching(wildcards)]
+    experiment = wildcards.experiment
+    folders = mask_sets_heard(experiment, wildcards.network, wildcards.round)
     return [
         row
-        for row in REVIEWS[wildcards.experiment]
-        if f"results/{wildcards.experiment}/cotrain/round-{row['round']:0>2}/{row['masks']}"
-        in folders
+        for row in REVIEWS[experiment]
+        if mask_set_judged(experiment, row) in folders
     ]
+
+
+def mask_sets_heard(experiment, network, round):
+    """Return the folders of masks on which a verdict decides what `network` learns in `round`."""
+    behind = mask_sets_behind(experiment, network, round)
+    return {*behind, mask_set_teaching(experiment, network, round)}
+
+
+def mask_set_judged(experiment, row):
+    """Return the folder of the masks that a person's verdict is about."""
+    return f"results/{experiment}/cotrain/round-{row['round']:0>2}/{row['masks']}"
 
 
 def review_for(wildcards):
@@ -432,6 +414,35 @@ def corrected_masks_for(wildcards):
     return [
         row["mask"] for row in verdicts_on(wildcards) if row["verdict"] == "replace"
     ]
+
+
+def say_what_is_easily_missed():
+    """Warn of settings that are allowed and hardly meant, before anything is computed."""
+    for experiment, settings in SETTINGS.items():
+        scheduled = settings.cotraining.schedule_rounds
+        if settings.rounds < scheduled:
+            logger.warning(
+                f"{experiment}: the rate anneals to 0 over {scheduled} rounds "
+                f"(cotraining.schedule_rounds), but only {settings.rounds} are run (rounds)."
+            )
+        if not REVIEWS[experiment]:
+            continue
+        heard = {
+            folder
+            for network, round in trained_in(experiment, all_rounds_of(experiment))
+            if is_taught(experiment, "cotrain", network, round)
+            for folder in mask_sets_heard(experiment, network, round)
+        }
+        for row in REVIEWS[experiment]:
+            if mask_set_judged(experiment, row) not in heard:
+                logger.warning(
+                    f"{settings.review}: the verdict on {row['masks']} of {row['case']} in round "
+                    f"{row['round']} changes nothing, because these masks teach no network."
+                )
+
+
+if workflow.is_main_process:
+    say_what_is_easily_missed()
 
 
 # ------------------------------------------------------------------------------- evaluation
@@ -514,6 +525,12 @@ def note_of(wildcards):
         notes.append(
             f"The rate anneals to 0 over {settings.cotraining.schedule_rounds} rounds "
             f"(cotraining.schedule_rounds), but {settings.rounds} were run."
+        )
+    last = last_round_of(wildcards.experiment)
+    if last:
+        notes.append(
+            f"Round {last} is the last training, of the 3D network alone; 2D stands as round "
+            f"{round_before(last)} left it."
         )
     return " ".join(notes)
 
