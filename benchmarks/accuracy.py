@@ -35,12 +35,13 @@ SCORES = ("dice", "jaccard", "hd95_mm", "asd_mm")
 
 
 class Method(NamedTuple):
-    """One line of the table: whose masks, of which experiment."""
+    """One line of the table: whose masks, of which experiment, how many rounds before its end."""
 
     words: str
     experiment: str
     arm: str
     network: str
+    back: int = 0
 
 
 EXPERIMENTS: dict[str, dict[str, str]] = {
@@ -73,8 +74,9 @@ METHODS = [
     Method("two 3D, cross pseudo supervision", "cross_pseudo", "cotrain", "3d"),
     Method("3D taught by 2D, one way", "one_way", "cotrain", "3d"),
     Method("3D, recipe: paper", "paper", "cotrain", "3d"),
-    Method("3D, co-trained without a last training", "rounds_only", "cotrain", "3d"),
+    Method("3D, co-trained in rounds only", "rounds_only", "cotrain", "3d"),
     Method("2D, co-trained", "own", "cotrain", "2d"),
+    Method("3D, co-trained, before the last training", "own", "cotrain", "3d", back=1),
     Method("3D, co-trained", "own", "cotrain", "3d"),
     Method("mean of both, co-trained", "own", "cotrain", "mean"),
     Method("3D, all labels", "full", "labels_only", "3d"),
@@ -189,12 +191,16 @@ def last_round_of(settings: Settings) -> int:
     return settings.rounds if settings.cotraining.last_epochs else settings.rounds - 1
 
 
+def round_of(method: Method, settings: Settings) -> int:
+    """Return the number of the round that a method is judged by."""
+    return last_round_of(settings) - method.back
+
+
 def evaluation_of(method: Method, settings: Settings) -> str:
     """Return the path of the scores that a method is judged by."""
-    last = last_round_of(settings)
     return (
         f"results/{settings.experiment}/evaluation/"
-        f"{method.arm}_{method.network}_round-{last:02d}.tsv"
+        f"{method.arm}_{method.network}_round-{round_of(method, settings):02d}.tsv"
     )
 
 
@@ -299,7 +305,7 @@ def store(
             spent = float((CLONE / "results" / own.experiment / "minutes.txt").read_text())
         else:
             spent = minutes_of(
-                CLONE / "benchmarks" / own.experiment, method, last=last_round_of(own)
+                CLONE / "benchmarks" / own.experiment, method, last=round_of(method, own)
             )
         for case, row in scores.iterrows():
             rows.append(
@@ -307,6 +313,7 @@ def store(
                     **key,
                     "arm": method.arm,
                     "network": method.network,
+                    "back": method.back,
                     "case": case,
                     **{score: f"{row[score]:.5f}" for score in SCORES},
                     "minutes": f"{spent:.2f}",
@@ -333,13 +340,14 @@ def minutes_of(benchmarks: Path, method: Method, *, last: int) -> float:
     """Return the processor minutes of all training and mask making that a method needs.
 
     benchmarks: Snakemake's tables of the experiment. Its test masks and scores are not counted.
-    last: number of its last round.
+    last: number of the round that it ends with.
     """
     if method.arm == "cotrain":
         tables = [
             table
+            for number in range(last + 1)
             for kind in ("train_*", "pseudo_*", "teacher_*", "audit_[23]d")
-            for table in benchmarks.glob(f"cotrain/round-*/{kind}.tsv")
+            for table in benchmarks.glob(f"cotrain/round-{number:02d}/{kind}.tsv")
         ]
     else:
         networks = ["2d", "3d"] if method.network == "mean" else [method.network]
@@ -362,7 +370,7 @@ def _replace_rows(path: Path, rows: pd.DataFrame) -> None:
         fresh = set(rows[KEY].itertuples(index=False, name=None))
         kept = [key not in fresh for key in stored[KEY].itertuples(index=False, name=None)]
         rows = pd.concat([stored[kept], rows])
-    write_table(rows.sort_values([*KEY, *rows.columns[4:7]], ignore_index=True), path)
+    write_table(rows.sort_values([*KEY, *rows.columns[4:8]], ignore_index=True), path)
 
 
 # -------------------------------------------------------------------------------- reporting
@@ -391,6 +399,7 @@ def standings_of(stored: pd.DataFrame) -> list[Standing]:
             (stored["experiment"] == method.experiment)
             & (stored["arm"] == method.arm)
             & (stored["network"] == method.network)
+            & (stored["back"] == method.back)
         ]
         if not rows.empty:
             by_set = rows.groupby("set")
@@ -496,7 +505,7 @@ def report(arguments: argparse.Namespace) -> None:
     if not STORED.is_file():
         raise InputError(f"{STORED} is missing; make it with `accuracy.py run`.")
     stored = read_table(STORED)
-    numbers = [*SCORES, "minutes", "labelled", "set"]
+    numbers = [*SCORES, "minutes", "labelled", "set", "back"]
     stored[numbers] = stored[numbers].apply(pd.to_numeric)
     masks = read_table(STORED_MASKS)
     of_masks = ["true_dice", "confidence", "labelled", "set", "round"]

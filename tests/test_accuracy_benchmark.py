@@ -108,7 +108,8 @@ def stored():
         for number, cases in enumerate(dice):
             rows += [
                 {
-                    **{"experiment": experiment, "arm": arm, "network": "3d", "set": number},
+                    **{"experiment": experiment, "arm": arm, "network": "3d", "back": 0},
+                    **{"set": number},
                     **{"case": case, "dice": each, "jaccard": 0.5, "hd95_mm": 3, "asd_mm": 1},
                     "minutes": 10,
                 }
