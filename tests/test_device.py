@@ -28,12 +28,15 @@ def test_an_arranged_instance_norm_is_the_same_function_and_keeps_the_layout():
     assert ours.state_dict().keys() == stock.state_dict().keys()
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (2, 3, 6), (1, 4, 4), (3, 3, 3)])
-def test_gradients_of_thin_volumes_hold_no_uninitialised_memory(shape):
+@pytest.mark.parametrize(
+    ("shape", "kernel"),
+    [((2, 2, 2), 3), ((2, 3, 6), 3), ((1, 4, 4), 3), ((3, 3, 3), 3), ((3, 6, 6), 5)],
+)
+def test_gradients_of_thin_volumes_hold_no_uninitialised_memory(shape, kernel):
     gradients = []
     for junk in (float("nan"), 1e30, float("nan"), 1e30):
         torch.manual_seed(0)
-        network = nn.Sequential(nn.Conv3d(32, 32, 3, padding=1))
+        network = nn.Sequential(nn.Conv3d(32, 32, kernel, padding=kernel // 2))
         arrange_for_cpu(network)
         volumes = torch.randn(2, 32, *shape)
         left_behind = [torch.full((1 << 18,), junk) for _ in range(6)]
@@ -45,3 +48,15 @@ def test_gradients_of_thin_volumes_hold_no_uninitialised_memory(shape):
     for gradient in gradients:
         assert torch.isfinite(gradient).all()
         assert torch.equal(gradient, gradients[0])
+
+
+def test_a_norm_with_a_forward_of_its_own_keeps_it():
+    class Doubled(nn.InstanceNorm3d):
+        def forward(self, features):
+            return 2 * super().forward(features)
+
+    volumes = torch.randn(2, 3, 4, 4, 4)
+    network = nn.Sequential(Doubled(3))
+    expected = network(volumes)
+    arrange_for_cpu(network)
+    torch.testing.assert_close(network(volumes), expected)

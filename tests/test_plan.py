@@ -148,7 +148,7 @@ def test_the_documentations_own_network_is_built_from_its_file_beside_the_plans(
     [
         ("json.py:TwoLayers", {}, "has the name of another module"),
         ("ten-lines.py:TwoLayers", {}, "that Python cannot import"),
-        ("ten_lines.py:TwoLayers", {"features_per_stage": (4, 8)}, "belongs to nnU-Net's own"),
+        ("ten_lines.py:TwoLayers", {"code": "import nowhere_to_be_found"}, "nowhere_to_be_found"),
         ("ten_lines.py:TwoLayers", {"arguments": {"height": 3}}, "does not work: .*height"),
         ("misspelt.py:ThreeLayers", {}, "does not work"),
         (
@@ -161,6 +161,13 @@ def test_the_documentations_own_network_is_built_from_its_file_beside_the_plans(
 def test_a_network_that_does_not_fit_is_refused_in_planning(replaced, name, changes, sentence):
     with pytest.raises(InputError, match=sentence):
         replaced(name, **changes)
+
+
+def test_a_network_file_changed_beside_the_plans_is_refused(replaced, tmp_path):
+    plans = replaced().plans
+    (tmp_path / "plans" / "ten_lines.py").write_text(EXAMPLE + "# mended here\n")
+    with pytest.raises(InputError, match="was changed after planning"):
+        make_importable(tmp_path / "plans", plans)
 
 
 def test_a_missing_network_file_is_refused(tmp_path):

@@ -104,6 +104,19 @@ def test_a_network_cannot_teach_itself_before_it_was_trained():
     assert check(MINIMUM | {"cotraining": own}).cotraining.teacher == "self"
 
 
+@pytest.mark.parametrize(
+    ("network_3d", "sentence"),
+    [
+        ({"architecture": "a.py:A", "features_per_stage": [4]}, "belongs to nnU-Net's own"),
+        ({"arguments": {"width": 3}}, "network_3d.architecture, which is not given"),
+        ({"architecture": "monai.networks.nets.SegResNet"}, "network_3d.architecture"),
+    ],
+)
+def test_a_network_of_ones_own_is_a_file_and_a_class(network_3d, sentence):
+    with pytest.raises(InputError, match=sentence):
+        check(MINIMUM | {"network_3d": network_3d})
+
+
 @pytest.mark.parametrize("more", [{}, {"recipe": "paper"}, {"data_folder": "/data", "seed": 3}])
 def test_settings_written_as_yaml_read_back_the_same(more, tmp_path):
     settings = check(MINIMUM | more)

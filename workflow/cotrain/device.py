@@ -71,14 +71,15 @@ class _FullPrecision:
 
 
 class _FullPrecisionWhenThin(_FullPrecision):
-    """Mixed into a convolution's class: in fp32 where an axis has fewer than 3 voxels.
+    """Mixed into a convolution's class: in fp32 where an axis is shorter than its kernel, or 3.
 
-    There oneDNN's bf16 gradient of a 3D convolution's weights holds uninitialised memory, up to
-    NaN (seen with torch 2.14.1 on a CPU with AVX-512 BF16).
+    There oneDNN's bf16 gradient of a 3D convolution's weights reads uninitialised memory, up to
+    NaN or a crash (seen with torch 2.14.1 on a CPU with AVX-512 BF16).
     """
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        if min(features.shape[2:]) < 3:
+        axes = zip(features.shape[2:], self.kernel_size, strict=True)
+        if any(size < max(3, kernel) for size, kernel in axes):
             return super().forward(features)
         return super(_FullPrecision, self).forward(features)
 
@@ -110,7 +111,8 @@ def arrange_for_cpu(network: nn.Module) -> None:
     network.to(memory_format=layout)
     for module in network.modules():
         kind = type(module)
-        if isinstance(module, nn.InstanceNorm3d) and not module.track_running_stats:
+        # The exact class: another one may compute more in its own forward.
+        if kind is nn.InstanceNorm3d and not module.track_running_stats:
             module.__class__ = type(f"SampleBySample{kind.__name__}", (_SampleBySample, kind), {})
         if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
             module.__class__ = type(f"FullPrecision{kind.__name__}", (_FullPrecision, kind), {})

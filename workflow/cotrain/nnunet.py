@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cotrain.errors import InputError
+from cotrain.files import sha256_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,10 +45,21 @@ def nnunet_folders() -> Iterator[Path]:
 
 
 def make_importable(folder: str | Path, plans: dict) -> None:
-    """Let nnU-Net find a network's class in a Python file that lies beside the plans."""
+    """Let nnU-Net find a network's class in a Python file that lies beside the plans.
+
+    Raises InputError where the file is not the one that was planned with.
+    """
     for configuration in plans["configurations"].values():
-        name = configuration["architecture"]["network_class_name"]
-        if Path(folder, f"{name.split('.')[0]}.py").is_file() and str(folder) not in sys.path:
+        architecture = configuration["architecture"]
+        if "file_sha256" not in architecture:
+            continue
+        path = Path(folder, f"{architecture['network_class_name'].split('.')[0]}.py")
+        if not path.is_file() or sha256_of(path) != architecture["file_sha256"]:
+            raise InputError(
+                f"{path}, the file of the 3D network, is missing or was changed after planning; "
+                "change the original that network_3d.architecture names, and plan again."
+            )
+        if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
 
 

@@ -85,6 +85,20 @@ class Network3D(Section):
     )
     batch_size: int | None = Field(None, ge=1, description="Patches in a batch; null: the plan's.")
 
+    @model_validator(mode="after")
+    def _check_whose_network(self) -> "Network3D":
+        if self.architecture and self.features_per_stage:
+            raise ValueError(
+                "network_3d.features_per_stage belongs to nnU-Net's own networks; remove it beside "
+                "network_3d.architecture, and give what the class takes in network_3d.arguments"
+            )
+        if self.arguments and not self.architecture:
+            raise ValueError(
+                "network_3d.arguments are those of the class in network_3d.architecture, which is "
+                "not given; name it, or remove the arguments"
+            )
+        return self
+
 
 class Training(Section):
     """How one network is trained; an epoch is a number of batches, as in nnU-Net."""

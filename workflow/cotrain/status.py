@@ -251,7 +251,9 @@ def _stages_of(round_folder: Path, *, tested: bool) -> list[Path]:
     A control has no stage that it shares with the co-training, because nobody taught it so far.
     """
     networks, kinds = ["2d", "3d"], ["train", "pseudo"]
-    if int(round_folder.name.removeprefix("round-")) == _last_round_of(round_folder.parents[1]):
+    last = _last_round_of(round_folder.parents[1])
+    # Where 2D is trained all the same, the settings of an earlier last training were left over.
+    if round_folder.name == f"round-{last}" and not (round_folder / "train_2d").exists():
         networks.remove("2d")
     if round_folder.parent.name == CONTROL:
         kinds = ["train"]
@@ -268,10 +270,10 @@ def _stages_of(round_folder: Path, *, tested: bool) -> list[Path]:
     return [round_folder / name for name in dict.fromkeys([*usual, *begun])]
 
 
-def _last_round_of(folder: Path) -> int | None:
+def _last_round_of(folder: Path) -> str | None:
     """Return the round of the last training of the 3D network alone, where it was asked for."""
     path = folder / "settings" / "train_last.yaml"
-    return yaml.safe_load(path.read_text())["last_round"] if path.is_file() else None
+    return f"{yaml.safe_load(path.read_text())['last_round']:02d}" if path.is_file() else None
 
 
 def _cotraining_of(folder: Path) -> dict:
