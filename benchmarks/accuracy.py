@@ -13,6 +13,7 @@ n, with seed k. Test cases are scored once per finished run; nothing is chosen b
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,14 @@ import yaml
 
 from cotrain.errors import InputError
 from cotrain.experiments import experiments_of as experiments_in
-from cotrain.files import read_table, write_atomically, write_table, write_text
+from cotrain.files import (
+    read_table,
+    sha256_of,
+    write_atomically,
+    write_json,
+    write_table,
+    write_text,
+)
 from cotrain.settings import Settings, check
 from cotrain.summary import paired_gain, read_evaluations
 
@@ -50,10 +58,15 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     "paper": {
         "recipe": "paper",
         "cotraining": "{{}}",
+        "training_3d.warmup_epochs": "{per_round}",
         "training_3d.epochs_per_round": "{after_warmup}",
     },
     "one_way": {"cotraining.teacher": "2d"},
-    "self": {"cotraining.teacher": "self", "cotraining.first_teacher": "both_labels_only"},
+    "self": {
+        "cotraining.teacher": "self",
+        "cotraining.first_teacher": "both_labels_only",
+        "training_3d.warmup_epochs": "{per_round}",
+    },
     "random_2d": {"network_2d.weights": "random"},
     "long_3d": {"training_3d.epochs_per_round": "{long}", "cotraining.last_epochs": "0"},
     "full": {},
@@ -158,7 +171,8 @@ def experiments_of(
     epochs = epochs_of_3d(own)
     numbers = {
         "spread": round(epochs / own.rounds),
-        "after_warmup": round((epochs - own.training_3d.warmup_epochs) / (own.rounds - 1)),
+        "per_round": own.training_3d.epochs_per_round,
+        "after_warmup": round((epochs - own.training_3d.epochs_per_round) / (own.rounds - 1)),
         "long": round(epochs / DATA[data].share_of_3d / own.rounds),
     }
     cases = read_table(CLONE / DATA[data].cases)
@@ -270,15 +284,22 @@ def run_peers(
     settings: dict[tuple[int, int, str], Settings],
     peers: list[Method],
 ) -> None:
-    """Train and score the peers that are missing on a labelled set, side by side."""
+    """Train and score the peers that are missing or outdated on a labelled set, side by side."""
     own = settings.get((*place, "own"))
     running = []
     for method in peers:
         name = settings[*place, method.experiment].experiment
         scores = CLONE / evaluation_of(method, settings[*place, method.experiment])
-        if scores.is_file():
-            continue
         epochs = round(PEERS[method.experiment] * epochs_of_3d(own) / DATA[data].share_of_3d)
+        used = ["preprocessed/plans.json", "settings/train_3d.yaml", "settings/infer.yaml"]
+        used += [f"cases/{split}.tsv" for split in ("labelled", "unlabelled", "test")]
+        made_of = {each: sha256_of(CLONE / "results" / own.experiment / each) for each in used}
+        made_of["epochs"] = epochs
+        note = CLONE / "results" / name / "made_of.json"
+        if scores.is_file() and note.is_file() and json.loads(note.read_text()) == made_of:
+            continue
+        scores.unlink(missing_ok=True)
+        write_json(made_of, note)
         command = [sys.executable, CLONE / "benchmarks" / "peers.py"]
         command += ["--peer", method.experiment, "--epochs", epochs, "--scores", scores]
         command += ["--experiment", CLONE / "results" / own.experiment]
@@ -337,7 +358,7 @@ def store(
 
 
 def minutes_of(benchmarks: Path, method: Method, *, last: int) -> float:
-    """Return the processor minutes of all training and mask making that a method needs.
+    """Return the processor minutes of all training and mask making up to a round.
 
     benchmarks: Snakemake's tables of the experiment. Its test masks and scores are not counted.
     last: number of the round that it ends with.

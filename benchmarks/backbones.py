@@ -3,8 +3,9 @@
     python benchmarks/backbones.py --experiment results/NAME
 
 Plans each network anew on the experiment's labelled cases and trains it for some steps on its
-arrays, in a process of its own, one after the other. 3D networks have the experiment's patch and
-batch size, 2D networks its slices; widths are chosen for a CPU.
+arrays, in a process of its own, one after the other. 3D networks have one patch (`--patch-size`,
+which all of them can halve often enough) and the experiment's batch size, 2D networks the
+experiment's slices; widths are chosen for a CPU.
 """
 
 import argparse

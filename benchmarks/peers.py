@@ -187,6 +187,7 @@ def main() -> int:
     experiment, out = arguments.experiment, arguments.out_dir
     checkpoint = train(arguments)
     minutes = (time.process_time() - began) / 60
+    write_text(f"{minutes:.2f}\n", out / "minutes.txt")
     masks, cases = out / "test_3d", experiment / "cases" / "test.tsv"
     infer = ["infer", "--network", "3d", "--checkpoint", checkpoint, "--split", "test"]
     infer += ["--settings", experiment / "settings" / "infer.yaml", "--cases", cases]
@@ -195,10 +196,7 @@ def main() -> int:
     evaluate = ["evaluate", "--masks", masks, "--cases", cases]
     evaluate += ["--labels", *arguments.labels, "--out", arguments.scores]
     failed = any(cotrain([str(word) for word in words]) for words in (infer, evaluate))
-    if failed:
-        return 2
-    write_text(f"{minutes:.2f}\n", out / "minutes.txt")
-    return 0
+    return 2 if failed else 0
 
 
 if __name__ == "__main__":

@@ -475,6 +475,24 @@ def test_a_last_training_added_to_a_finished_run_trains_3d_alone(finished: Path)
     }
 
 
+def test_a_round_added_before_the_last_training_repeats_that_one(project: Path):
+    first, second = (planned(project, **LAST | {"rounds": rounds}) for rounds in (2, 3))
+    where = "cotrain/round-02/train_3d"
+    settings = [
+        {each["--out-dir"].removeprefix("results/tiny/"): each["--settings"] for each in of}
+        for of in (first.of("train"), second.of("train"))
+    ]
+    # Another input, so that Snakemake trains it anew as one of the rounds.
+    assert settings[0][where] == "results/tiny/settings/train_last.yaml"
+    assert settings[1][where] == "results/tiny/settings/train_3d.yaml"
+    assert second.trained() - first.trained() == {
+        "cotrain/round-02/train_2d",
+        "cotrain/round-03/train_3d",
+        "labels_only/round-02/train_2d",
+        "labels_only/round-03/train_3d",
+    }
+
+
 def test_a_changed_audit_setting_retrains_nothing(finished: Path):
     jobs = planned(finished, audit__max_cases=7).jobs
     assert jobs == {"draw_audit_page": 3, "all": 1}
