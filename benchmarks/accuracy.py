@@ -109,7 +109,7 @@ class Data(NamedTuple):
 
 DATA = {
     "left_atrium": Data(
-        "Left atrium", "config/left_atrium_4.yaml", "config/cases/left_atrium_4.tsv", 0.5
+        "Left atrium", "config/left_atrium_4.yaml", "config/cases/left_atrium_4.tsv", 0.6
     ),
     "hippocampus": Data(
         "Hippocampus", "config/hippocampus_4.yaml", "config/cases/hippocampus_4.tsv", 0.5
@@ -505,7 +505,7 @@ def draw(standings: dict[str, list[Standing]], path: Path) -> None:
     """Draw the Dice of every set, a line a method, a panel for each data set and label count."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6 * len(standings), 4.6), layout="constrained")
+    figure = Figure(figsize=(7 * len(standings), 4.6), layout="constrained")
     for axes, (title, panel) in zip(
         figure.subplots(1, len(standings), squeeze=False)[0], standings.items(), strict=True
     ):
@@ -514,7 +514,7 @@ def draw(standings: dict[str, list[Standing]], path: Path) -> None:
             axes.plot(standing.dice, [line] * len(standing.dice), "o", color=colour, alpha=0.6)
             axes.plot(standing.dice.mean(), line, "|", color=colour, markersize=18)
         axes.set_yticks(range(len(panel)), [each.method.words for each in reversed(panel)])
-        axes.set_xlabel("Dice on test cases, %: a dot a labelled set, a bar their mean")
+        axes.set_xlabel("test Dice, %; dots: sets, bar: mean")
         axes.set_title(title)
         axes.grid(axis="x", alpha=0.3)
     with write_atomically(path) as temporary:
