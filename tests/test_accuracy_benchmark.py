@@ -9,16 +9,21 @@ import pytest
 from cotrain.errors import InputError
 from cotrain.files import read_table
 from cotrain.schedule import Schedule
+from cotrain.summary import read_evaluations
 
 CLONE = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def accuracy():
-    spec = importlib.util.spec_from_file_location("accuracy", CLONE / "benchmarks/accuracy.py")
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, CLONE / f"benchmarks/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def accuracy():
+    return script("accuracy")
 
 
 @pytest.fixture
@@ -140,3 +145,25 @@ def test_sets_that_only_one_method_has_are_not_compared(accuracy, stored):
     assert bound.startswith("| 3D, all labels | 0 | 81.0 |")
     assert "| +6.0 |" in bound
     assert "| 33 % |" in accuracy.table_of(accuracy.standings_of(only))[3]
+
+
+@pytest.mark.parametrize("peer", ["mean_teacher", "cross_pseudo"])
+def test_a_peer_learns_without_any_mask_on_disk_and_is_scored(peer, tiny, tmp_path, monkeypatch):
+    experiment = tmp_path / "results" / "own"
+    (experiment / "cases").mkdir(parents=True)
+    (experiment / "preprocessed").symlink_to(tiny.preprocessed)
+    for split, table in tiny.tables.items():
+        (experiment / "cases" / f"{split}.tsv").symlink_to(table)
+    (experiment / "settings").mkdir()
+    for stage in ("train_3d", "infer"):
+        tiny.stage(stage, experiment / "settings")
+    scores = tmp_path / "evaluation" / "cotrain_3d_round-02.tsv"
+    words = ["peers.py", "--peer", peer, "--experiment", experiment, "--epochs", "16"]
+    words += ["--labels", "shell=1", "core=2", "--scores", scores, "--out-dir", tmp_path / "peer"]
+    monkeypatch.setattr("sys.argv", [str(word) for word in words])
+    assert script("peers").main() == 0
+    (made,) = read_evaluations([scores]).values()
+    assert len(made) == 2
+    # Far from good after 128 batches, but a network that has learnt.
+    assert made["dice"].mean() > 0.5
+    assert float((tmp_path / "peer" / "minutes.txt").read_text()) > 0
