@@ -1,6 +1,7 @@
 """One tiny run of the whole workflow with the real commands, undisturbed and killed on its way.
 
-Slow parts are kept small: two rounds, one epoch of two batches each, random 2D weights.
+Slow parts are kept small: two rounds and a last training, two epochs of two batches each, random 2D
+weights.
 """
 
 import json
@@ -47,7 +48,7 @@ def write_settings(folder: Path, tiny, *, splits: tuple[str, ...]) -> None:
         "network_3d": {"features_per_stage": [4, 8]},
         "training_2d": EPOCH,
         "training_3d": EPOCH,
-        "cotraining": {"schedule_rounds": 2, "ema_decay": 0.5},
+        "cotraining": {"schedule_rounds": 2, "ema_decay": 0.5, "last_epochs": 2},
     }
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
 
@@ -81,17 +82,17 @@ def test_a_run_makes_all_that_the_readme_promises(undisturbed: Path):
     for name in ("dice_per_round.png", "training_curves.png", "montage.png", "scores.tsv"):
         assert (undisturbed / "summary" / name).stat().st_size > 0
     scores = pd.read_csv(undisturbed / "summary" / "scores.tsv", sep="\t")
-    # Both arms, two networks, two rounds, and both means in the last round.
-    assert len(scores) == 2 * 2 * 2 + 2
+    # Both arms, two networks, two rounds and the last training, and both means after it.
+    assert len(scores) == 2 * 2 * 3 + 2
     assert (undisturbed / "cotrain" / "round-01" / "audit" / "train_3d.html").is_file()
-    assert len(fingerprint(undisturbed)) == 4 + 4 * 4
+    assert len(fingerprint(undisturbed)) == 5 + 5 * 4
     model = undisturbed / "model" / "Dataset001_cotrain"
     assert list(model.glob("*/fold_all/checkpoint_final.pth"))
 
 
 def test_the_control_took_the_same_steps(undisturbed: Path):
-    taught = pd.read_csv(undisturbed / "cotrain/round-01/train_3d/curve.csv")
-    control = pd.read_csv(undisturbed / "labels_only/round-01/train_3d/curve.csv")
+    taught = pd.read_csv(undisturbed / "cotrain/round-02/train_3d/curve.csv")
+    control = pd.read_csv(undisturbed / "labels_only/round-02/train_3d/curve.csv")
     assert taught["learning_rate"].tolist() == control["learning_rate"].tolist()
     assert taught["share_realised"].sum() > 0
     assert control["share_realised"].sum() == 0
@@ -120,7 +121,7 @@ def test_a_run_killed_in_every_stage_ends_in_the_same_bits(undisturbed, tmp_path
         f"{results}/preprocessed/unlabelled/*.pkl",
         f"{results}/cotrain/round-00/train_2d/{latest}",
         f"{results}/cotrain/round-00/pseudo_2d/*.nii.gz",
-        f"{results}/cotrain/round-01/train_3d/{latest}",
+        f"{results}/cotrain/round-02/train_3d/{latest}",
     ):
         assert kill_when(tmp_path, sign), f"the run was over before {sign}"
     done = subprocess.run(command(tmp_path), env=environment(), capture_output=True, text=True)
