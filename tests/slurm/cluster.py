@@ -116,7 +116,8 @@ class Cluster:
     """A running cluster; use it as a context manager.
 
     environment: for processes that talk to it: their PATH begins with `bin`, whose wrappers tell
-    each client where this cluster is, because a job step loses SLURM_CONF on its way.
+    each client where this cluster is, because a job step loses SLURM_CONF on its way. There is also
+    the `cotrain` whose epochs and cases last (slow_cotrain.py).
     """
 
     def __init__(self, folder: Path, *, accounting: bool = False) -> None:
@@ -317,10 +318,14 @@ class Cluster:
         )
         for name in CLIENTS:
             program = shutil.which(name)
-            if program is None:
-                continue
-            wrapper = self.folder / "bin" / name
-            wrapper.write_text(
-                f'#!/bin/sh\nexport SLURM_CONF={self.folder}/slurm.conf\nexec {program} "$@"\n'
-            )
-            wrapper.chmod(0o755)
+            if program is not None:
+                self._write_program(
+                    name, f'export SLURM_CONF={self.folder}/slurm.conf\nexec {program} "$@"'
+                )
+        slow_cotrain = Path(__file__).with_name("slow_cotrain.py")
+        self._write_program("cotrain", f'exec {sys.executable} {slow_cotrain} "$@"')
+
+    def _write_program(self, name: str, script: str) -> None:
+        program = self.folder / "bin" / name
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)

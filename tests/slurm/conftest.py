@@ -54,8 +54,6 @@ def planned_project(tiny, tmp_path_factory) -> Path:
         "network_2d": {"weights": "random", "patch_size": [32, 32], "batch_size": 4},
         "network_3d": {"features_per_stage": [4, 8]},
         "training_2d": {"iterations_per_epoch": 6, "warmup_epochs": EPOCHS},
-        # A case lasts, so that a job can be cancelled between two.
-        "inference": {"mirroring": True, "tile_step_size": 0.2},
         "compute": {"device": "cpu"},
     }
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
@@ -76,10 +74,10 @@ def planned_project(tiny, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def project(planned_project, cluster, tmp_path) -> Iterator[Project]:
-    """Return a project of this test alone; its jobs are cancelled in the end."""
+    """Return a project of this test alone, to disturb; its jobs are cancelled in the end."""
     folder = tmp_path / "project"
     shutil.copytree(planned_project, folder)
-    made = Project(folder, cluster)
+    made = Project(folder, cluster, seconds_more=1)
     yield made
     for job in made.jobs():
         cluster.run("scancel", "--signal=KILL", "--full", job["id"])

@@ -19,30 +19,45 @@ EPOCHS = 12
 class Project:
     """A clone with settings in which the literal command is typed.
 
-    folder: where it lies. cluster: where its jobs go.
+    folder: where it lies. cluster: where its jobs go. seconds_more: what each epoch and each case
+    of its jobs lasts longer than it would. looks: options that say when the command looks at its
+    jobs; by default often, because they are short.
     """
 
-    def __init__(self, folder: Path, cluster: Cluster) -> None:
+    LOOKS = (
+        *("--slurm-init-seconds-before-status-checks", "1"),
+        *("--seconds-between-status-checks", "1"),
+    )
+
+    def __init__(
+        self,
+        folder: Path,
+        cluster: Cluster,
+        *,
+        seconds_more: float = 0,
+        looks: tuple[str, ...] = LOOKS,
+    ) -> None:
         self.folder = folder
         self.cluster = cluster
+        self.looks = looks
+        self.environment = {**cluster.environment, "SECONDS_MORE": str(seconds_more)}
 
     def start(self, *targets: object, options: tuple[str, ...] = ()) -> subprocess.Popen:
         """Type `snakemake --profile slurm` and return the controller, in a group of its own."""
-        # Short looks at the queue, because jobs are short; all else is as in the profile.
         words = [
             # Tests that were started in the background have SIGINT ignored, and pass that on.
             *("env", "--default-signal=INT"),
             *(sys.executable, "-m", "snakemake", "--profile", "slurm"),
             *options,
             *("--configfile", "settings.yaml", "--set-threads", "train=1", "infer_pseudo_masks=1"),
-            *("--slurm-init-seconds-before-status-checks", "1", "--latency-wait", "5"),
+            *(*self.looks, "--latency-wait", "5"),
             *map(str, targets),
         ]
         log = open(self.folder / "controller.log", "ab")  # noqa: SIM115
         return subprocess.Popen(
             words,
             cwd=self.folder,
-            env=self.cluster.environment,
+            env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -51,7 +66,7 @@ class Project:
 
     def run(self, *targets: object, options: tuple[str, ...] = ()) -> None:
         """Type the command and wait for its good end."""
-        code = self.start(*targets, options=options).wait(600)
+        code = self.start(*targets, options=options).wait(900)
         assert code == 0, self.said()[-4000:]
 
     def said(self) -> str:

@@ -187,82 +187,84 @@ def test_a_second_command_beside_a_living_one_is_refused(project, undisturbed):
 # --------------------------------------------------------------------------- time limits
 
 
+LONG = {"iterations_per_epoch": 6, "warmup_epochs": 30}
+"""A training of so many epochs that, at 4 s more each, at most 7 end before a limit of a minute."""
+
+
 @pytest.fixture
-def long_training(planned_project, cluster, tmp_path):
-    """Return a way to make a project train for long, and a project that does so undisturbed."""
-    folder = tmp_path / "undisturbed"
+def long_project(project) -> Project:
+    """Return a project that trains through several time limits of a minute."""
+    project.change(training_2d=LONG)
+    project.environment["SECONDS_MORE"] = "4"
+    return project
+
+
+@pytest.fixture(scope="module")
+def long_undisturbed(planned_project, cluster, tmp_path_factory) -> Project:
+    """Return a project after the same training in one allocation."""
+    folder = tmp_path_factory.mktemp("long") / "project"
     shutil.copytree(planned_project, folder)
-    undisturbed = Project(folder, cluster)
-    controllers = []
-
-    def lengthen(project: Project, **training: int) -> Project:
-        for each in (project, undisturbed):
-            each.change(training_2d=training)
-        # Beside the other one, to save time.
-        controllers.append(undisturbed.start(TRAINED))
-        return undisturbed
-
-    yield lengthen
-    for controller in controllers:
-        assert controller.wait(600) == 0, undisturbed.said()[-3000:]
+    made = Project(folder, cluster)
+    made.change(training_2d=LONG)
+    made.run(TRAINED)
+    assert made.starts() == [0]
+    return made
 
 
-def test_a_training_of_five_allocations_costs_no_retry(project, long_training):
-    undisturbed = long_training(project, iterations_per_epoch=75, warmup_epochs=24)
-    project.run(TRAINED, options=("--set-resources", "train:runtime=1"))
-    (train,) = ends_of(project)
+def test_a_training_of_five_allocations_costs_no_retry(long_project, long_undisturbed):
+    long_project.run(TRAINED, options=("--set-resources", "train:runtime=1"))
+    (train,) = ends_of(long_project)
     assert int(train["Restarts"]) >= 4
-    assert "Trying to restart job" not in project.said()
-    first, *resumed = project.starts()
+    assert "Trying to restart job" not in long_project.said()
+    first, *resumed = long_project.starts()
     assert (first, len(resumed)) == (0, int(train["Restarts"]))
     # Every allocation trained, and none trained an epoch that another had finished.
     assert sorted(set(resumed)) == resumed
-    assert undisturbed.starts() == [0]
-    assert project.fingerprint() == undisturbed.fingerprint()
+    assert long_project.fingerprint() == long_undisturbed.fingerprint()
 
 
-def test_a_whole_run_in_one_job_puts_itself_back_into_the_queue(project, long_training):
-    undisturbed = long_training(project, iterations_per_epoch=75, warmup_epochs=14)
+def test_a_whole_run_in_one_job_puts_itself_back_into_the_queue(long_project, long_undisturbed):
+    cluster = long_project.cluster
     command = f"{sys.executable} -m snakemake {TRAINED} --configfile settings.yaml --cores 2"
-    job = project.cluster.run(
+    job = cluster.run(
+        *("env", f"SECONDS_MORE={long_project.environment['SECONDS_MORE']}"),
         *("sbatch", "--parsable", "--requeue", "--time=1", "--cpus-per-task=2", "--mem=6000"),
-        *(f"--chdir={project.folder}", "--output=job.txt", "--open-mode=append"),
+        *(f"--chdir={long_project.folder}", "--output=job.txt", "--open-mode=append"),
         "--comment=cotrain",
         *("--wrap", f"{command} --set-threads train=1"),
     )
     wait_until(
-        lambda: project.cluster.job(job)["JobState"] in ("COMPLETED", "FAILED", "TIMEOUT"),
-        seconds=500,
+        lambda: cluster.job(job)["JobState"] in ("COMPLETED", "FAILED", "TIMEOUT"),
+        seconds=900,
         what="the job",
     )
-    ended = project.cluster.job(job)
-    assert ended["JobState"] == "COMPLETED", (project.folder / "job.txt").read_text()[-3000:]
+    ended = cluster.job(job)
+    assert ended["JobState"] == "COMPLETED", (long_project.folder / "job.txt").read_text()[-3000:]
     assert int(ended["Restarts"]) >= 2
-    assert len(project.starts()) == int(ended["Restarts"]) + 1
-    assert undisturbed.starts() == [0]
-    assert project.fingerprint() == undisturbed.fingerprint()
+    assert len(long_project.starts()) == int(ended["Restarts"]) + 1
+    assert long_project.fingerprint() == long_undisturbed.fingerprint()
 
 
-def test_a_time_limit_that_nobody_foresaw_is_survived_twice(project, long_training):
-    undisturbed = long_training(project, iterations_per_epoch=75, warmup_epochs=24)
-    controller = project.start(TRAINED)
+def test_a_time_limit_that_nobody_foresaw_is_survived_twice(long_project, long_undisturbed):
+    # At 8 s more an epoch, 30 of them outlast two limits, which SLURM looks at twice a minute.
+    long_project.environment["SECONDS_MORE"] = "8"
+    controller = long_project.start(TRAINED)
     kept = []
     for _ in range(2):
         done = kept[-1] if kept else 0
-        project.wait_for_epochs(done + 2)
-        job = project.job()["id"]
+        long_project.wait_for_epochs(done + 1)
+        job = long_project.job()["id"]
         # The step asked for its end when it began, and was told another.
-        project.cluster.run("scontrol", "update", f"jobid={job}", "timelimit=1")
+        long_project.cluster.run("scontrol", "update", f"jobid={job}", "timelimit=1")
         wait_until(
-            lambda job=job: project.cluster.job(job)["JobState"] == "TIMEOUT",
+            lambda job=job: long_project.cluster.job(job)["JobState"] == "TIMEOUT",
             seconds=180,
             what="a time limit",
         )
-        kept.append(project.epochs_done())
-    assert controller.wait(600) == 0, project.said()[-3000:]
-    assert [job["JobState"] for job in ends_of(project)] == ["TIMEOUT", "TIMEOUT", "COMPLETED"]
-    first, *resumed = project.starts()
+        kept.append(long_project.epochs_done())
+    assert controller.wait(900) == 0, long_project.said()[-3000:]
+    assert [job["JobState"] for job in ends_of(long_project)] == ["TIMEOUT", "TIMEOUT", "COMPLETED"]
+    first, *resumed = long_project.starts()
     assert first == 0
     assert all(done >= seen for done, seen in zip(resumed, kept, strict=True))
-    assert undisturbed.starts() == [0]
-    assert project.fingerprint() == undisturbed.fingerprint()
+    assert long_project.fingerprint() == long_undisturbed.fingerprint()
