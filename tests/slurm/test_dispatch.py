@@ -5,9 +5,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from cluster import Cluster, missing_programs
-from project import EPOCHS, RESULTS, TRAINED, Project
+from project import EPOCHS, MASKS, RESULTS, TRAINED, Project
 
 
 def test_a_run_without_faults(undisturbed):
@@ -57,7 +58,6 @@ def test_the_literal_command_runs_everything(planned_project, cluster, tmp_path)
         rounds=1,
         training_2d={"iterations_per_epoch": 2, "warmup_epochs": 2, "epochs_per_round": 1},
         training_3d={"iterations_per_epoch": 2, "warmup_epochs": 2, "epochs_per_round": 1},
-        inference={},
         shards=2,
     )
     project.run()
@@ -67,6 +67,21 @@ def test_the_literal_command_runs_everything(planned_project, cluster, tmp_path)
     assert sum("rule_infer_pseudo_masks" in job["Comment"] for job in jobs) == 2 * 2
     # What SLURM said is kept for failed jobs only.
     assert not list(folder.glob(".snakemake/slurm_logs/**/*.log"))
+
+
+def test_shards_run_as_tasks_of_a_job_array(project, undisturbed):
+    project.change(shards=2)
+    masks = [MASKS, MASKS.with_name("manifest-1.tsv")]
+    project.run(*masks, options=("--slurm-array-jobs", "all"))
+    tasks = [job for job in project.cluster.history() if job["WorkDir"] == str(project.folder)]
+    shards = [job for job in tasks if "rule_infer_pseudo_masks" in job["Comment"]]
+    assert len(shards) == 2
+    assert {job["ArrayTaskId"] for job in shards} == {"1", "2"}
+    found = [pd.read_csv(project.folder / each, sep="\t", dtype=str) for each in masks]
+    hashes = undisturbed.fingerprint()
+    for row in pd.concat(found).to_dict("records"):
+        assert row["mask_sha256"] + row["soft_sha256"] == hashes.pop(row["case"])
+    assert hashes.keys() == {"weights"}
 
 
 def test_a_cluster_with_accounting(planned_project, undisturbed, tmp_path):

@@ -4,6 +4,7 @@ Everything here is looked up by the wildcard {experiment}, and rounds are text (
 in the paths. A network is *taught* in a round where it also learns from masks of unlabelled cases.
 """
 
+import asyncio
 import json
 import os
 import shlex
@@ -617,6 +618,20 @@ def take_over_from_a_dead_command():
                     f"The SLURM jobs {' '.join(jobs)} of an earlier command could not be cancelled "
                     f"({trouble}); cancel them, then type this again."
                 )
+
+
+def look_at_jobs_as_often_as_asked():
+    """Let --seconds-between-status-checks bound the pause between two looks at a cluster's jobs.
+
+    Version 2.8.0 of the SLURM plugin waits 10 s longer each time, up to 180 s, whatever that option
+    says (its issue 319), so that the end of each step of a round is noticed late.
+    """
+    if workflow.executor_plugin.common_settings.non_local_exec:
+        executor = workflow.scheduler._executor
+        longest = workflow.remote_execution_settings.seconds_between_status_checks
+        executor.sleep = lambda: asyncio.sleep(
+            min(longest, executor.next_seconds_between_status_checks)
+        )
 
 
 def compared_scores(wildcards):
