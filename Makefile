@@ -21,7 +21,7 @@ demo: $(VENV)/ready
 	@echo "results/demo/model (a plain nnU-Net folder), README.md (your own data)."
 
 test: lint
-	$(RUN) pytest -q -m "not slow"
+	$(RUN) pytest -q -m "not slow" -n 3 --dist loadgroup
 
 lint: $(VENV)/ready
 	$(RUN) ruff check .

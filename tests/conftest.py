@@ -89,6 +89,13 @@ OTHER_NETWORKS_3D = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file in one process of `pytest -n`, but those that wait for SLURM."""
+    for item in items:
+        if item.path.parent.name != "slurm":
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 @dataclass(frozen=True)
 class Tiny:
     """A preprocessed experiment.
