@@ -22,6 +22,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from cotrain.masks import open_soft
 from cotrain.nnunet import Planned
+from cotrain.team import Place
 
 FOREGROUND_OVERSAMPLING = 0.33
 """nnU-Net's share of patches aimed at foreground, rounded up to whole samples of a batch."""
@@ -96,6 +97,8 @@ class BatchSource(torch.utils.data.Dataset):
 
     An item is a dictionary: `data` `(B, C, ...)` float32, `target` `(B, K, ...)` float32
     probabilities of K classes (one-hot for labelled samples), labelled samples first.
+
+    place: of several processes that train together each makes its own share of the same batches.
     """
 
     def __init__(
@@ -108,10 +111,12 @@ class BatchSource(torch.utils.data.Dataset):
         counts: np.ndarray,
         seed: int,
         epoch: int,
+        place: Place | None = None,
     ) -> None:
         configuration = planned.configuration(network)
         self.patch_size = list(configuration.patch_size)
         self.batch_size = configuration.batch_size
+        self.slots = (place or Place()).share_of(self.batch_size)
         self.class_count = planned.class_count
         # nnU-Net then sets voxels outside the body to 0, which the stored segmentation marks.
         self.masks_image = any(configuration.use_mask_for_norm)
@@ -141,7 +146,7 @@ class BatchSource(torch.utils.data.Dataset):
         # samples are aimed equally often; how many are is stock nnU-Net's.
         aimed_slots = np.random.default_rng(words).permutation(self.batch_size)
         random_slots = round(self.batch_size * (1 - FOREGROUND_OVERSAMPLING))
-        for slot in range(self.batch_size):
+        for slot in self.slots:
             seed_everything(*words, slot)
             if slot < self.batch_size - self.counts[iteration]:
                 case = self.labelled[np.random.randint(len(self.labelled))]

@@ -13,8 +13,8 @@ from cotrain.errors import InputError
 from cotrain.settings import Compute
 
 
-def device_of(compute: Compute) -> torch.device:
-    """Return the device to run on.
+def device_of(compute: Compute, *, rank: int = 0) -> torch.device:
+    """Return the device to run on; rank: number of this process among those that train together.
 
     Raises InputError where cuda is asked for and not there, or where SLURM gave the job a GPU that
     torch does not see: a training on the CPU there would take days.
@@ -22,7 +22,12 @@ def device_of(compute: Compute) -> torch.device:
     if compute.device == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
-        return torch.device("cuda", 0)
+        if compute.gpus_per_training > torch.cuda.device_count():
+            raise InputError(
+                f"compute.gpus_per_training is {compute.gpus_per_training}, but torch sees "
+                f"{torch.cuda.device_count()} GPUs here; ask for fewer, or for another node."
+            )
+        return torch.device("cuda", rank)
     if compute.device == "cuda":
         raise InputError(
             "compute.device is cuda, but torch sees no GPU here; ask the scheduler for one, "

@@ -218,6 +218,12 @@ class Compute(Section):
         description="auto: fp16 autocast with gradient scaling on a GPU (as nnU-Net); on a CPU "
         "that has it, bf16 autocast in training; else fp32.",
     )
+    gpus_per_training: int = Field(
+        1,
+        ge=1,
+        description="GPUs of one node that train one network together (nnU-Net's DDP: the batch is "
+        "divided among them, so that it must be a multiple); on a CPU, processes.",
+    )
 
 
 class Audit(Section):
@@ -324,7 +330,11 @@ class Settings(Section):
             "train_last": self.train_stage("3d").model_copy(
                 update={"cotraining": self.cotraining, "last_round": self.rounds}
             ),
-            "infer": InferStage(inference=self.inference, compute=self.compute),
+            "infer": InferStage(
+                inference=self.inference,
+                # Inference is spread over GPUs by `shards`.
+                compute=self.compute.model_copy(update={"gpus_per_training": 1}),
+            ),
         }
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from cotrain.batches import STREAMS, BatchSource, Case, batches, seed_everything
 from cotrain.device import arrange_for_cpu, autocast, device_of, precision_of
@@ -29,6 +30,7 @@ from cotrain.nnunet import Planned, arrays_of, manifests_of
 from cotrain.provenance import write_provenance
 from cotrain.schedule import Schedule, Window
 from cotrain.settings import TrainStage, load
+from cotrain.team import Place, team
 from cotrain.workfolder import WorkFolder
 
 GRADIENT_NORM = 12
@@ -48,7 +50,8 @@ CURVE_COLUMNS = (
 class Trainer:
     """A network in training with all state that goes from round to round.
 
-    epoch: the next epoch to train. curve: one row an epoch, in the order of CURVE_COLUMNS.
+    epoch: the next epoch to train. curve: one row an epoch, in the order of CURVE_COLUMNS. place:
+    which of the processes this is that train together; all have the same weights.
     """
 
     planned: Planned
@@ -57,9 +60,10 @@ class Trainer:
     workers: int = 0
     epoch: int = 0
     curve: list[list[float]] = field(default_factory=list)
+    place: Place = field(default_factory=Place)
 
     def __post_init__(self) -> None:
-        self.device = device_of(self.stage.compute)
+        self.device = device_of(self.stage.compute, rank=self.place.rank)
         self.precision = precision_of(self.stage.compute, self.device, training=True)
         self.schedule = Schedule(
             self.network_name,
@@ -73,7 +77,8 @@ class Trainer:
             deep_supervision=self.planned.has_deep_supervision(self.network_name),
         )
         self.loss = DiceAndSoftCrossEntropy(
-            batch_dice=self.planned.configuration(self.network_name).batch_dice
+            batch_dice=self.planned.configuration(self.network_name).batch_dice,
+            ddp=self.place.size > 1,
         )
 
     def start(self, encoder_weights: Path | None) -> None:
@@ -82,6 +87,8 @@ class Trainer:
             from cotrain.networks import load_pretrained_encoder
 
             load_pretrained_encoder(self.network, encoder_weights)
+        if self.place.size > 1 and self.device.type == "cuda":
+            self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
         self.network.to(self.device)
         if self.device.type == "cpu":
             arrange_for_cpu(self.network)
@@ -102,7 +109,8 @@ class Trainer:
                 momentum=0.99,
                 nesterov=True,
             )
-        decay = self.stage.cotraining.ema_decay
+        # What masks are inferred from is kept by the process that writes.
+        decay = self.stage.cotraining.ema_decay if self.place.rank == 0 else 0
         self.average = ModelEmaV3(self.network, decay=decay, use_warmup=True) if decay else None
         self.scaler = torch.amp.GradScaler("cuda") if self.precision == "fp16" else None
         self.compiled: nn.Module = self.network
@@ -110,6 +118,9 @@ class Trainer:
         wanted = os.environ.get("nnUNet_compile", "true").lower()  # noqa: SIM112
         if self.device.type == "cuda" and wanted in ("true", "1", "t"):
             self.compiled = torch.compile(self.network)
+        if self.place.size > 1:
+            devices = [self.device] if self.device.type == "cuda" else None
+            self.compiled = DistributedDataParallel(self.compiled, device_ids=devices)
 
     @property
     def deployed(self) -> nn.Module:
@@ -178,6 +189,7 @@ class Trainer:
             counts=counts,
             seed=self.stage.seed,
             epoch=self.epoch,
+            place=self.place,
         )
         self.compiled.train()
         losses, rates, shares = [], [], []
@@ -189,7 +201,10 @@ class Trainer:
             losses.append(self._step(batch, iteration))
             rates.append(rate)
             shares.append(self.schedule.wanted_share(window, self.epoch, iteration, batch_size))
-        loss = float(torch.stack(losses).mean())
+        mean_loss = torch.stack(losses).mean()
+        if self.place.size > 1:
+            distributed.all_reduce(mean_loss)
+        loss = float(mean_loss) / self.place.size
         if not math.isfinite(loss):
             raise InputError(
                 f"The loss of epoch {self.epoch} is {loss}; lower "
@@ -211,7 +226,8 @@ class Trainer:
 
     def _step(self, batch: dict[str, torch.Tensor], iteration: int) -> torch.Tensor:
         # Dropout and stochastic depth must not depend on how the batch was made.
-        seed_everything(self.stage.seed, 10 + STREAMS[self.network_name], self.epoch, iteration)
+        words = (self.stage.seed, 10 + STREAMS[self.network_name], self.epoch, iteration)
+        seed_everything(*words, *([self.place.rank] if self.place.size > 1 else []))
         data = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"].to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
@@ -234,6 +250,53 @@ class Trainer:
             steps = self.epoch * self.stage.training.iterations_per_epoch + iteration
             self.average.update(self.network, step=steps)
         return loss.detach()
+
+
+def _started(
+    arguments: argparse.Namespace,
+    stage: TrainStage,
+    planned: Planned,
+    place: Place,
+    workers: int,
+    start_from: Path | None,
+) -> Trainer:
+    """Return a trainer with pretrained weights, or with those of a checkpoint to go on from."""
+    trainer = Trainer(planned, arguments.network, stage, workers, place=place)
+    trainer.start(arguments.encoder_weights if arguments.previous is None else None)
+    if start_from is not None:
+        trainer.load(start_from)
+    return trainer
+
+
+def _help(
+    place: Place,
+    arguments: argparse.Namespace,
+    stage: TrainStage,
+    workers: int,
+    start_from: Path | None,
+) -> None:
+    """Train the same epochs as the step itself, in another process, and write nothing."""
+    torch.set_num_threads(max(1, arguments.threads // place.size))
+    planned = Planned.read(arguments.preprocessed)
+    trainer = _started(arguments, stage, planned, place, workers, start_from)
+    window = trainer.schedule.window(arguments.round)
+    labelled, unlabelled = cases_of(arguments)
+    control = arguments.audit is None
+    while trainer.epoch < window.stop:
+        trainer.train_epoch(
+            window, arguments.round, labelled=labelled, unlabelled=unlabelled, control=control
+        )
+
+
+def cases_of(arguments: argparse.Namespace) -> tuple[list[Case], list[Case]]:
+    """Return the labelled cases, and the unlabelled ones that the audit accepts."""
+    labelled = [
+        Case(name, arrays_of(arguments.preprocessed / "labelled", name))
+        for name in read_table(arguments.labelled)["case"]
+    ]
+    if arguments.audit is None:
+        return labelled, []
+    return labelled, accepted_cases(arguments.audit, arguments.preprocessed)
 
 
 def accepted_cases(audit: Path, preprocessed: Path) -> list[Case]:
@@ -294,13 +357,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run `cotrain train`."""
-    torch.set_num_threads(arguments.threads)
     stage = load(arguments.settings, model=TrainStage)
+    torch.set_num_threads(max(1, arguments.threads // stage.compute.gpus_per_training))
     planned = Planned.read(arguments.preprocessed)
     device = device_of(stage.compute)
     workers = arguments.workers
+    size = stage.compute.gpus_per_training
+    batch_size = planned.configuration(arguments.network).batch_size
+    if batch_size % size:
+        raise InputError(
+            f"compute.gpus_per_training is {size} and the {arguments.network} network's batch size "
+            f"{batch_size}, which cannot be divided among them; set "
+            f"network_{arguments.network}.batch_size to a multiple of {size}."
+        )
     if workers is None:
-        workers = max(1, arguments.threads - 1) if device.type == "cuda" else 0
+        workers = max(1, arguments.threads // size - 1) if device.type == "cuda" else 0
     inputs = [
         path
         for path in (
@@ -341,13 +412,7 @@ def _train_round(
     workers: int,
     inputs: list[Path],
 ) -> None:
-    trainer = Trainer(planned, arguments.network, stage, workers)
-    window = trainer.schedule.window(arguments.round)
-    labelled = [
-        Case(name, arrays_of(arguments.preprocessed / "labelled", name))
-        for name in read_table(arguments.labelled)["case"]
-    ]
-    unlabelled = accepted_cases(arguments.audit, arguments.preprocessed) if arguments.audit else []
+    labelled, unlabelled = cases_of(arguments)
     batch_size = planned.configuration(arguments.network).batch_size
     least = stage.cotraining.sampling.min_labelled_per_batch
     if unlabelled and least >= batch_size:
@@ -356,59 +421,60 @@ def _train_round(
             f"network's batch size {batch_size}, so that no pseudo-mask would ever be learnt; "
             "lower the one (0 allows batches without a labelled sample) or raise the other."
         )
-    trainer.start(arguments.encoder_weights if arguments.previous is None else None)
     latest = work.folder / "latest.pth"
     events = arguments.out_dir / "tensorboard"
-    if work.resumable and latest.is_file():
-        trainer.load(latest)
-        work.claim(done=trainer.epoch - window.start)
-    else:
+    resuming = work.resumable and latest.is_file()
+    if not resuming:
         for left_over in (latest, arguments.out_dir / "checkpoint.pth"):
             left_over.unlink(missing_ok=True)
         shutil.rmtree(events, ignore_errors=True)
-        work.claim(done=0)
-        if arguments.previous is not None:
-            trainer.load(arguments.previous)
-        if trainer.epoch != window.start:
+    start_from = latest if resuming else arguments.previous
+    size, device = stage.compute.gpus_per_training, device_of(stage.compute)
+    with team(size, device.type, _help, arguments, stage, workers, start_from) as place:
+        trainer = _started(arguments, stage, planned, place, workers, start_from)
+        window = trainer.schedule.window(arguments.round)
+        if trainer.epoch != window.start and not resuming:
             raise InputError(
                 f"Round {arguments.round} of the {arguments.network} network starts at epoch "
                 f"{window.start}, but --previous {arguments.previous} ends at {trainer.epoch}; "
                 "give the checkpoint of the round before."
             )
-    parameters = sum(each.numel() for each in trainer.network.parameters())
-    print(
-        f"{arguments.network} network, {parameters / 1e6:.2f} M parameters, {arguments.arm}, "
-        f"round {arguments.round:02d}, epochs {window.start}-{window.stop - 1}, "
-        f"{len(labelled)} labelled and {len(unlabelled)} pseudo-labelled cases, "
-        f"{trainer.device}, {trainer.precision}, {arguments.threads} threads.",
-        flush=True,
-    )
-    from torch.utils.tensorboard import SummaryWriter
+        work.claim(done=trainer.epoch - window.start)
+        parameters = sum(each.numel() for each in trainer.network.parameters())
+        together = f" and {size - 1} more together" if size > 1 else ""
+        print(
+            f"{arguments.network} network, {parameters / 1e6:.2f} M parameters, {arguments.arm}, "
+            f"round {arguments.round:02d}, epochs {window.start}-{window.stop - 1}, "
+            f"{len(labelled)} labelled and {len(unlabelled)} pseudo-labelled cases, "
+            f"{trainer.device}{together}, {trainer.precision}, {arguments.threads} threads.",
+            flush=True,
+        )
+        from torch.utils.tensorboard import SummaryWriter
 
-    total = window.stop - window.start
-    if work.resumable:
-        # Snakemake has removed the log of the process before.
-        for values in trainer.curve[len(trainer.curve) - (trainer.epoch - window.start) :]:
-            row = dict(zip(CURVE_COLUMNS, values, strict=True))
-            print(_line_of(row, done=row["epoch"] + 1 - window.start, total=total))
-        print(f"Resuming after epoch {trainer.epoch - 1} from {latest}.", flush=True)
-    with SummaryWriter(str(events), purge_step=trainer.epoch) as board:
-        while trainer.epoch < window.stop:
-            row = trainer.train_epoch(
-                window,
-                arguments.round,
-                labelled=labelled,
-                unlabelled=unlabelled,
-                control=arguments.audit is None,
-            )
-            work.insist()
-            trainer.save(latest)
-            for name in CURVE_COLUMNS[2:]:
-                board.add_scalar(f"{arguments.network}/{name}", row[name], row["epoch"])
-            done = trainer.epoch - window.start
-            print(_line_of(row, done=done, total=total), end="", flush=True)
-            left = work.report(done, total, "epochs", loss=round(row["loss"], 4))
-            print(f"  {_duration(left)} left", flush=True)
+        total = window.stop - window.start
+        if work.resumable:
+            # Snakemake has removed the log of the process before.
+            for values in trainer.curve[len(trainer.curve) - (trainer.epoch - window.start) :]:
+                row = dict(zip(CURVE_COLUMNS, values, strict=True))
+                print(_line_of(row, done=row["epoch"] + 1 - window.start, total=total))
+            print(f"Resuming after epoch {trainer.epoch - 1} from {latest}.", flush=True)
+        with SummaryWriter(str(events), purge_step=trainer.epoch) as board:
+            while trainer.epoch < window.stop:
+                row = trainer.train_epoch(
+                    window,
+                    arguments.round,
+                    labelled=labelled,
+                    unlabelled=unlabelled,
+                    control=arguments.audit is None,
+                )
+                work.insist()
+                trainer.save(latest)
+                for name in CURVE_COLUMNS[2:]:
+                    board.add_scalar(f"{arguments.network}/{name}", row[name], row["epoch"])
+                done = trainer.epoch - window.start
+                print(_line_of(row, done=done, total=total), end="", flush=True)
+                left = work.report(done, total, "epochs", loss=round(row["loss"], 4))
+                print(f"  {_duration(left)} left", flush=True)
     write_table_of_curve(trainer.curve, arguments.out_dir / "curve.csv")
     write_provenance(
         arguments.out_dir / "provenance.json",

@@ -669,6 +669,11 @@ def gpus_wanted(wildcards):
     return 0 if settings_of(wildcards).compute.device == "cpu" else 1
 
 
+def gpus_for_training(wildcards):
+    """Return how many GPUs train one network together; see `gpus_wanted`."""
+    return gpus_wanted(wildcards) * settings_of(wildcards).compute.gpus_per_training
+
+
 def memory(mem_mb):
     """Return a function for the main memory of a job, in MB; a retry asks for more."""
     return lambda wildcards, attempt: attempt * mem_mb

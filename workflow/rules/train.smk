@@ -25,12 +25,13 @@ rule train:
         "benchmarks/{experiment}/{arm}/round-{round}/train_{network}.tsv"
     conda:
         "../../envs/cotrain.yaml"
-    # Fewer cores give fewer threads; with 8 cores both arms train side by side.
+    # Fewer cores give fewer threads; with 8 cores both arms train side by side. Several GPUs share
+    # them: raise them in the profile.
     threads: 4
     resources:
         mem_mb=network_mem_mb,
         runtime=1440,
-        gpu=gpus_wanted,
+        gpu=gpus_for_training,
     params:
         preprocessed=subpath(input.plans, parent=True),
         audit=lambda wildcards, input: option("--audit", input.audit),
