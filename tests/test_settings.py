@@ -105,6 +105,28 @@ def test_a_network_cannot_teach_itself_before_it_was_trained():
 
 
 @pytest.mark.parametrize(
+    ("batches", "sentence"),
+    [
+        ({}, "network_3d.batch_size is not given; give a multiple of 2"),
+        ({"network_3d": {"batch_size": 3}}, "network_3d.batch_size is 3; give a multiple of 2"),
+        (
+            {"network_3d": {"batch_size": 2}, "network_2d": {"batch_size": 9}},
+            "network_2d.batch_size is 9",
+        ),
+    ],
+)
+def test_a_batch_that_gpus_cannot_divide_is_refused(batches, sentence):
+    compute = {"gpus_per_training": 2}
+    with pytest.raises(InputError, match=sentence):
+        check(MINIMUM | {"compute": compute} | batches)
+    divided = {"compute": compute, "network_3d": {"batch_size": 4}}
+    stages = check(MINIMUM | divided).stages()
+    # More GPUs for training infer nothing again.
+    assert stages["train_3d"].compute.gpus_per_training == 2
+    assert stages["infer"].compute.gpus_per_training == 1
+
+
+@pytest.mark.parametrize(
     ("network_3d", "sentence"),
     [
         ({"architecture": "a.py:A", "features_per_stage": [4]}, "belongs to nnU-Net's own"),

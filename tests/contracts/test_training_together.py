@@ -12,9 +12,11 @@ import pandas as pd
 import pytest
 import torch
 
-from cotrain.__main__ import main
+from cotrain.losses import DiceAndSoftCrossEntropy
+from cotrain.networks import TimmSegmentationNetwork
 from cotrain.settings import Compute
-from cotrain.team import Place
+from cotrain.team import Place, team
+from cotrain.training import convert_sync_batchnorm
 
 
 def together(experiment):
@@ -26,6 +28,8 @@ def together(experiment):
 def test_each_process_has_its_own_share_of_a_batch():
     assert [list(Place(rank, 3).share_of(6)) for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
     assert list(Place().share_of(2)) == [0, 1]
+    with pytest.raises(ValueError, match="batch of 2 cannot be divided among 3"):
+        Place(0, 3).share_of(2)
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +55,52 @@ def test_two_processes_train_on_the_batches_of_one(
     assert curves[0]["loss"].iloc[-1] < curves[0]["loss"].iloc[0] - 0.1
 
 
-def test_a_batch_norms_network_trains_in_two_processes(tiny, train, tmp_path):
-    trained = train(together(tiny), "2d", tmp_path, "--arm", "cotrain", "--round", 0)
-    content = torch.load(trained.checkpoint, weights_only=True)
-    # A name of DDP's own wrapper would not be found in inference.
-    assert not any(name.startswith("module.") for name in content["network_weights"])
-    assert content["epoch"] == 2
+def logits_and_target() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits of a batch of 4 and its target; in the second half a label is rare."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (4, 8, 8), generator=generator)
+    labels[2:] = labels[2:].clamp(max=1)
+    target = torch.nn.functional.one_hot(labels, 3).movedim(-1, 1).float()
+    return torch.randn(4, 3, 8, 8, generator=generator), target
+
+
+def gradient_of(place: Place) -> torch.Tensor:
+    """Return the gradient of a scale of the logits, averaged over the processes as DDP does."""
+    scale = torch.ones(3, 1, 1, requires_grad=True)
+    own = list(place.share_of(4))
+    logits, target = (each[own] for each in logits_and_target())
+    loss = DiceAndSoftCrossEntropy(batch_dice=True, ddp=place.size > 1)
+    loss(scale * logits, target).backward()
+    if place.size > 1:
+        torch.distributed.all_reduce(scale.grad)
+    return scale.grad / place.size
+
+
+def test_batch_dice_is_over_the_batch_of_all_processes():
+    with team(2, "cpu", gradient_of) as place:
+        together = gradient_of(place)
+    alone = gradient_of(Place())
+    assert together.flatten().tolist() == pytest.approx(alone.flatten().tolist(), rel=1e-5)
+    # What an average of each half's own Dice would give.
+    halves = [gradient_of_half(half) for half in (slice(0, 2), slice(2, 4))]
+    assert not torch.allclose(sum(halves) / 2, alone, rtol=1e-2)
+
+
+def gradient_of_half(half: slice) -> torch.Tensor:
+    scale = torch.ones(3, 1, 1, requires_grad=True)
+    logits, target = (each[half] for each in logits_and_target())
+    DiceAndSoftCrossEntropy(batch_dice=True)(scale * logits, target).backward()
+    return scale.grad
+
+
+def test_norms_that_are_synchronised_keep_their_activations():
+    network = TimmSegmentationNetwork(1, 3).eval()
+    image = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        before = network(image)
+        after = convert_sync_batchnorm(network).eval()(image)
+    assert any(isinstance(each, torch.nn.SyncBatchNorm) for each in network.modules())
+    assert torch.allclose(before, after, atol=1e-5)
 
 
 def test_a_killed_training_of_two_processes_ends_in_the_same_bits(
@@ -108,9 +152,19 @@ def test_no_process_outlives_the_other(two_together, tmp_path, killed):
     assert not (tmp_path / "checkpoint.pth").exists()
 
 
-def test_a_batch_that_cannot_be_divided_is_refused(tiny, two_together, tmp_path, capsys):
-    compute = Compute(device="cpu", gpus_per_training=3)
-    odd = replace(tiny, settings=tiny.settings.model_copy(update={"compute": compute}))
-    words = [*two_together.words, "--settings", odd.stage("train_3d", tmp_path)]
-    assert main([*map(str, words), "--out-dir", str(tmp_path)]) == 2
-    assert "batch size 2, which cannot be divided" in capsys.readouterr().err
+def test_a_process_that_fails_while_they_meet_ends_the_step(tmp_path):
+    script = tmp_path / "meet.py"
+    script.write_text(
+        "import os\n"
+        "from cotrain import team\n"
+        "def fail(*words):\n"
+        "    os._exit(3)\n"
+        "if __name__ == '__main__':\n"
+        "    with team.team(2, 'cpu', print):\n"
+        "        pass\n"
+        "else:\n"
+        "    team._meet = fail\n"
+    )
+    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 1
+    assert "A process that trains along ended with 3" in ran.stderr

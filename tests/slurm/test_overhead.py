@@ -49,7 +49,8 @@ def long_rounds(planned_project, cluster, tmp_path) -> Project:
 def test_each_step_as_a_job_of_its_own(long_rounds):
     controller = long_rounds.start()
     assert controller.wait(3600) == 0, long_rounds.said()[-3000:]
-    assert overhead_of(long_rounds) < 0.25
+    # 23 steps, each noticed 30 s late at most; starts of Snakemake take what the machine takes.
+    assert overhead_of(long_rounds) < 0.5
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Conventions: in, the files of the repository; out, whether rules, pins and formats hold them."""
 
+import inspect
 import json
 import re
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
 
 from cotrain.schema import settings_table
 from cotrain.settings import Settings
@@ -127,3 +129,11 @@ def test_the_page_on_settings_has_every_setting():
     """Mend it with `make schema`."""
     page = (CLONE / "config/README.md").read_text()
     assert page.endswith("\n".join(settings_table()) + "\n")
+
+
+def test_the_pause_between_looks_at_a_clusters_jobs_is_the_executors_own_method():
+    """The Snakefile exchanges it: `look_at_jobs_as_often_as_asked` in common.smk."""
+    source = inspect.getsource(RemoteExecutor._wait_for_jobs)
+    assert source.count("await self.sleep()") == 1
+    assert inspect.iscoroutinefunction(RemoteExecutor.sleep)
+    assert isinstance(RemoteExecutor.next_seconds_between_status_checks, property)

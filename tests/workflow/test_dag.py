@@ -249,10 +249,10 @@ def test_a_transductive_pool_is_declared(project: Path):
 def test_a_gpu_is_asked_for_unless_the_device_is_the_cpu(project: Path):
     assert "gpu=1" in planned(project).text
     assert "gpu=1" not in planned(project, compute__device="cpu").text
-    together = planned(project, compute__gpus_per_training=2).text
-    assert "gpu=2" in together
-    # Inference takes one, by the same settings file: more GPUs for training infer nothing again.
-    assert "gpu=1" in together
+    batches = {"network_2d__batch_size": 8, "network_3d__batch_size": 2}
+    together = planned(project, compute__gpus_per_training=2, **batches).text
+    assert "gpu=2, nodes=1" in together
+    assert "mem_mb=32000" in together
 
 
 # ------------------------------------------------------------------------- who teaches whom

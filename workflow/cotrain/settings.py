@@ -221,8 +221,9 @@ class Compute(Section):
     gpus_per_training: int = Field(
         1,
         ge=1,
-        description="GPUs of one node that train one network together (nnU-Net's DDP: the batch is "
-        "divided among them, so that it must be a multiple); on a CPU, processes.",
+        description="GPUs of one node that train one network together: the batch is divided among "
+        "them, as in nnU-Net's DDP, so that both networks' batch_size must be given and be "
+        "multiples (docs/slurm.md). On a CPU: processes. Another number trains everything anew.",
     )
 
 
@@ -302,6 +303,17 @@ class Settings(Section):
                 f"labels have the values {values}, wanted 1, 2, 3 ... without gaps (0 is the "
                 "background and is not listed); renumber the labels"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_that_batches_can_be_divided(self) -> "Settings":
+        gpus = self.compute.gpus_per_training
+        for name, network in (("network_2d", self.network_2d), ("network_3d", self.network_3d)):
+            if gpus > 1 and (network.batch_size is None or network.batch_size % gpus):
+                raise ValueError(
+                    f"compute.gpus_per_training is {gpus}, but {name}.batch_size is "
+                    f"{network.batch_size or 'not given'}; give a multiple of {gpus}"
+                )
         return self
 
     def train_stage(self, network: Network) -> "TrainStage":

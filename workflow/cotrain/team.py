@@ -2,16 +2,21 @@
 
 As in nnU-Net's own DDP the planned batch is divided among them, each on a GPU of the same node, and
 torch averages their gradients. On a CPU they share its cores, which is how this is tested. The
-first of them is the step itself, which alone writes files; it starts the others and ends them.
+first of them is the step itself, which alone writes files; it starts the others and ends them, and
+none outlives another.
 """
 
 import multiprocessing
+import os
 import signal
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
@@ -20,7 +25,9 @@ from torch import distributed
 from cotrain.errors import InputError
 
 SECONDS_TO_END = 60
-"""For the others to end by themselves when the first one has trained its last epoch."""
+"""For the others to end by themselves when all have trained the last epoch."""
+SECONDS_FOR_THE_SAME = 30
+"""For the first process to meet the error that another one met, and to say it."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,13 @@ class Place:
     size: int = 1
 
     def share_of(self, batch_size: int) -> range:
-        """Return the samples of a batch that this process computes, as many as each other one."""
-        own = batch_size // self.size
+        """Return the samples of a batch that this process computes, as many as each other one.
+
+        Raises ValueError where the batch cannot be divided, which the settings rule out.
+        """
+        own, rest = divmod(batch_size, self.size)
+        if rest:
+            raise ValueError(f"a batch of {batch_size} cannot be divided among {self.size}")
         return range(self.rank * own, (self.rank + 1) * own)
 
 
@@ -41,32 +53,55 @@ def team(size: int, device: str, help_: Callable, *arguments: object) -> Iterato
     """Form a group of `size` processes, of which this one is the first; none for a size of 1.
 
     device: `cuda` or `cpu`. help_: called as `help_(place, *arguments)` in each other process, it
-    must take part in the same collective operations as this one. The others are ended on leaving.
+    must take part in the same collective operations as this one. The others are ended on leaving;
+    should one die before, this process dies at once, because it would wait for it for long.
     """
     if size == 1:
         yield Place()
         return
     # Not forked: a process that has used CUDA cannot be.
     context = multiprocessing.get_context("spawn")
+    leaving = threading.Event()
     with tempfile.TemporaryDirectory() as folder:
         meeting = (device, f"file://{Path(folder, 'store')}")
         others = [
             context.Process(target=_join, args=(Place(rank, size), meeting, help_, arguments))
             for rank in range(1, size)
         ]
-        for other in others:
-            other.start()
         try:
+            for other in others:
+                other.start()
+            threading.Thread(target=_die_with, args=(others, leaving), daemon=True).start()
             _meet(Place(0, size), *meeting)
             yield Place(0, size)
+            leaving.set()
+            # All at once, and only while all live: NCCL's end is a collective operation, too.
+            distributed.destroy_process_group()
             for other in others:
                 other.join(SECONDS_TO_END)
         finally:
+            leaving.set()
             for other in others:
-                other.terminate()
-                other.join()
-            if distributed.is_initialized():
-                distributed.destroy_process_group()
+                if other.pid is not None:
+                    other.terminate()
+                    other.join()
+
+
+def _die_with(others: list[multiprocessing.Process], leaving: threading.Event) -> None:
+    """End this process when another one has failed; it may wait in C++, deaf to any signal."""
+    living = {other.sentinel: other for other in others}
+    while living:
+        for sentinel in wait(list(living)):
+            ended = living.pop(sentinel)
+            ended.join()
+            if ended.exitcode and not leaving.is_set():
+                print(
+                    f"A process that trains along ended with {ended.exitcode}, and so does this "
+                    "one; what it said is above. The last epoch's checkpoint is whole.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(1)
 
 
 def _meet(place: Place, device: str, url: str) -> None:
@@ -79,10 +114,17 @@ def _meet(place: Place, device: str, url: str) -> None:
 def _join(place: Place, meeting: tuple[str, str], help_: Callable, arguments: tuple) -> None:
     # Ctrl-C reaches every process of a terminal; the first one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_the_first, daemon=True).start()
     _meet(place, *meeting)
     try:
         help_(place, *arguments)
-    except InputError:
-        # The first process meets the same and says it.
-        sys.exit(2)
+    except InputError as error:
+        # The first process, too, meets what is wrong for all, says it and ends this one.
+        time.sleep(SECONDS_FOR_THE_SAME)
+        sys.exit(f"process {place.rank} of {place.size}: {error}")
     distributed.destroy_process_group()
+
+
+def _die_with_the_first() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -88,7 +89,8 @@ class Trainer:
 
             load_pretrained_encoder(self.network, encoder_weights)
         if self.place.size > 1 and self.device.type == "cuda":
-            self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
+            # timm's, because its norms hold an activation, which torch's own would drop.
+            self.network = convert_sync_batchnorm(self.network)
         self.network.to(self.device)
         if self.device.type == "cpu":
             arrange_for_cpu(self.network)
@@ -274,18 +276,35 @@ def _help(
     stage: TrainStage,
     workers: int,
     start_from: Path | None,
+    cases: tuple[list[Case], list[Case]],
 ) -> None:
     """Train the same epochs as the step itself, in another process, and write nothing."""
-    torch.set_num_threads(max(1, arguments.threads // place.size))
+    _share_threads(arguments.threads, place.size)
     planned = Planned.read(arguments.preprocessed)
     trainer = _started(arguments, stage, planned, place, workers, start_from)
     window = trainer.schedule.window(arguments.round)
-    labelled, unlabelled = cases_of(arguments)
-    control = arguments.audit is None
     while trainer.epoch < window.stop:
-        trainer.train_epoch(
-            window, arguments.round, labelled=labelled, unlabelled=unlabelled, control=control
-        )
+        _next_epoch(trainer, window, arguments, cases)
+
+
+def _share_threads(threads: int, processes: int) -> None:
+    torch.set_num_threads(max(1, threads // processes))
+
+
+def _next_epoch(
+    trainer: Trainer,
+    window: Window,
+    arguments: argparse.Namespace,
+    cases: tuple[list[Case], list[Case]],
+) -> dict[str, float]:
+    labelled, unlabelled = cases
+    return trainer.train_epoch(
+        window,
+        arguments.round,
+        labelled=labelled,
+        unlabelled=unlabelled,
+        control=arguments.audit is None,
+    )
 
 
 def cases_of(arguments: argparse.Namespace) -> tuple[list[Case], list[Case]]:
@@ -358,20 +377,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run `cotrain train`."""
     stage = load(arguments.settings, model=TrainStage)
-    torch.set_num_threads(max(1, arguments.threads // stage.compute.gpus_per_training))
+    _share_threads(arguments.threads, stage.compute.gpus_per_training)
     planned = Planned.read(arguments.preprocessed)
     device = device_of(stage.compute)
     workers = arguments.workers
-    size = stage.compute.gpus_per_training
-    batch_size = planned.configuration(arguments.network).batch_size
-    if batch_size % size:
-        raise InputError(
-            f"compute.gpus_per_training is {size} and the {arguments.network} network's batch size "
-            f"{batch_size}, which cannot be divided among them; set "
-            f"network_{arguments.network}.batch_size to a multiple of {size}."
-        )
     if workers is None:
-        workers = max(1, arguments.threads // size - 1) if device.type == "cuda" else 0
+        threads = arguments.threads // stage.compute.gpus_per_training
+        workers = max(1, threads - 1) if device.type == "cuda" else 0
     inputs = [
         path
         for path in (
@@ -412,7 +424,7 @@ def _train_round(
     workers: int,
     inputs: list[Path],
 ) -> None:
-    labelled, unlabelled = cases_of(arguments)
+    cases = labelled, unlabelled = cases_of(arguments)
     batch_size = planned.configuration(arguments.network).batch_size
     least = stage.cotraining.sampling.min_labelled_per_batch
     if unlabelled and least >= batch_size:
@@ -430,7 +442,7 @@ def _train_round(
         shutil.rmtree(events, ignore_errors=True)
     start_from = latest if resuming else arguments.previous
     size, device = stage.compute.gpus_per_training, device_of(stage.compute)
-    with team(size, device.type, _help, arguments, stage, workers, start_from) as place:
+    with team(size, device.type, _help, arguments, stage, workers, start_from, cases) as place:
         trainer = _started(arguments, stage, planned, place, workers, start_from)
         window = trainer.schedule.window(arguments.round)
         if trainer.epoch != window.start and not resuming:
@@ -452,7 +464,7 @@ def _train_round(
         from torch.utils.tensorboard import SummaryWriter
 
         total = window.stop - window.start
-        if work.resumable:
+        if resuming:
             # Snakemake has removed the log of the process before.
             for values in trainer.curve[len(trainer.curve) - (trainer.epoch - window.start) :]:
                 row = dict(zip(CURVE_COLUMNS, values, strict=True))
@@ -460,13 +472,7 @@ def _train_round(
             print(f"Resuming after epoch {trainer.epoch - 1} from {latest}.", flush=True)
         with SummaryWriter(str(events), purge_step=trainer.epoch) as board:
             while trainer.epoch < window.stop:
-                row = trainer.train_epoch(
-                    window,
-                    arguments.round,
-                    labelled=labelled,
-                    unlabelled=unlabelled,
-                    control=arguments.audit is None,
-                )
+                row = _next_epoch(trainer, window, arguments, cases)
                 work.insist()
                 trainer.save(latest)
                 for name in CURVE_COLUMNS[2:]:

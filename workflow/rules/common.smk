@@ -669,9 +669,9 @@ def gpus_wanted(wildcards):
     return 0 if settings_of(wildcards).compute.device == "cpu" else 1
 
 
-def gpus_for_training(wildcards):
-    """Return how many GPUs train one network together; see `gpus_wanted`."""
-    return gpus_wanted(wildcards) * settings_of(wildcards).compute.gpus_per_training
+def processes_of_training(wildcards):
+    """Return how many processes train one network together, each with a GPU of its own."""
+    return settings_of(wildcards).compute.gpus_per_training
 
 
 def memory(mem_mb):

@@ -25,13 +25,15 @@ rule train:
         "benchmarks/{experiment}/{arm}/round-{round}/train_{network}.tsv"
     conda:
         "../../envs/cotrain.yaml"
-    # Fewer cores give fewer threads; with 8 cores both arms train side by side. Several GPUs share
-    # them: raise them in the profile.
-    threads: 4
+    # Fewer cores give fewer threads; with 8 cores both arms train side by side.
+    threads: lambda wildcards: 4 * processes_of_training(wildcards)
     resources:
-        mem_mb=network_mem_mb,
+        mem_mb=lambda wildcards, attempt: (
+            network_mem_mb(wildcards, attempt) * processes_of_training(wildcards)
+        ),
         runtime=1440,
-        gpu=gpus_for_training,
+        gpu=lambda wildcards: gpus_wanted(wildcards) * processes_of_training(wildcards),
+        nodes=1,
     params:
         preprocessed=subpath(input.plans, parent=True),
         audit=lambda wildcards, input: option("--audit", input.audit),
