@@ -219,7 +219,10 @@ def evaluation_of(method: Method, settings: Settings) -> str:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train what is missing, set after set, and store the scores of each finished set."""
+    """Train what is missing, the sets side by side, then store the scores of all.
+
+    Interrupted, it has stored nothing, but goes on when typed again, as the workflow does.
+    """
     unknown = set(arguments.experiments) - {*EXPERIMENTS, *PEERS}
     if unknown:
         raise InputError(

@@ -76,7 +76,8 @@ def measure(experiment: Path, name: str, steps: int, patch_size: list[int]) -> d
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_text(as_yaml(stage), folder / "plan.yaml")
-        command = ["cotrain", "plan", "--settings", folder / "plan.yaml", "--out-dir", folder]
+        command = [sys.executable, "-m", "cotrain", "plan", "--out-dir", folder]
+        command += ["--settings", folder / "plan.yaml"]
         command += ["--cases", experiment / "cases/labelled.tsv"]
         subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
         planned = Planned.read(folder)
