@@ -17,8 +17,12 @@ def test_a_run_without_faults(undisturbed):
     assert len(undisturbed.fingerprint()) == 1 + 4
 
 
-@pytest.mark.parametrize("site", ["train:gpu=1", "train:gres=gpu:fake:1"], ids=["--gpus", "--gres"])
-def test_training_gets_a_gpu_and_preprocessing_none(project, site):
+@pytest.mark.parametrize(
+    ("site", "devices"),
+    [("train:gpu=1", "0"), ("train:gres=gpu:fake:1", "0"), ("train:gpu=2", "0,1")],
+    ids=["--gpus", "--gres", "two"],
+)
+def test_training_gets_gpus_of_one_node_and_preprocessing_none(project, site, devices):
     (project.folder / RESULTS / "preprocessed/labelled/manifest-0.tsv").unlink()
     # On a CPU of a node with fake GPUs: `device: auto` rightly refuses a GPU that torch cannot see.
     partition = ("--set-resources", "train:slurm_partition=gpu", site)
@@ -32,8 +36,9 @@ def test_training_gets_a_gpu_and_preprocessing_none(project, site):
     assert train["Partition"] == "gpu"
     assert lock["node"] == train["NodeList"] in ("gpu1", "gpu2")
     assert lock["slurm_job"] == job
-    # The step sees the one device that the job was given.
-    assert "CUDA_VISIBLE_DEVICES=0" in environment
+    # The step sees the devices that the job was given, and no other.
+    assert f"CUDA_VISIBLE_DEVICES={devices}" in environment
+    assert train["NumNodes"] == "1"
     (preprocess,) = [
         each
         for each in project.cluster.history()
