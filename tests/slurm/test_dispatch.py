@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 from cluster import Cluster, missing_programs
 from project import EPOCHS, MASKS, RESULTS, TRAINED, Project
 
@@ -26,6 +27,11 @@ def test_training_gets_gpus_of_one_node_and_preprocessing_none(project, site, de
     (project.folder / RESULTS / "preprocessed/labelled/manifest-0.tsv").unlink()
     # On a CPU of a node with fake GPUs: `device: auto` rightly refuses a GPU that torch cannot see.
     partition = ("--set-resources", "train:slurm_partition=gpu", site)
+    if site.endswith("gpu=2"):
+        # Instead of a name, limits: docs/slurm.md.
+        limits = {"cpu": {"max_runtime": "7d"}, "gpu": {"max_runtime": "2d", "max_gpu": 4}}
+        (project.folder / "partitions.yaml").write_text(yaml.safe_dump({"partitions": limits}))
+        partition = ("--slurm-partition-config", "partitions.yaml", "--set-resources", site)
     controller = project.start(TRAINED, options=partition)
     project.wait_for_epochs(1)
     job = project.job()["id"]
