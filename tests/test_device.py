@@ -1,6 +1,8 @@
-"""What is arranged for a CPU computes the same."""
+"""What is arranged for a CPU computes the same, and steps share out GPUs."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -60,3 +62,42 @@ def test_a_norm_with_a_forward_of_its_own_keeps_it():
     expected = network(volumes)
     arrange_for_cpu(network)
     torch.testing.assert_close(network(volumes), expected)
+
+
+STEP_WITH_TWO_GPUS = """
+import types
+import torch
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 2
+torch.cuda.get_device_properties = lambda number: types.SimpleNamespace(uuid=f"GPU-{number}")
+from cotrain.device import device_of
+from cotrain.settings import Compute
+print(device_of(Compute()), device_of(Compute()), flush=True)
+print(device_of(Compute(gpus_per_training=2), rank=1), flush=True)
+input()
+"""
+
+
+def test_steps_at_a_time_take_different_gpus_and_a_finished_one_frees_its_own(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    steps = []
+
+    def gpu_of_a_new_step() -> str:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        step = subprocess.Popen([sys.executable, "-c", STEP_WITH_TWO_GPUS], **pipes)
+        steps.append(step)
+        first, again = step.stdout.readline().split()
+        assert first == again
+        # Of those that train together each has the GPU of its number.
+        assert step.stdout.readline() == "cuda:1\n"
+        return first
+
+    assert [gpu_of_a_new_step() for _ in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    steps[1].kill()
+    steps[1].wait()
+    assert gpu_of_a_new_step() == "cuda:1"
+    for step in steps:
+        step.kill()
+        step.communicate()

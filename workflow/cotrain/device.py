@@ -1,8 +1,13 @@
 """Device and number format: in, the compute settings; out, where and how networks run."""
 
 import contextlib
+import fcntl
 import os
 import socket
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import nn
@@ -14,7 +19,9 @@ from cotrain.settings import Compute
 
 
 def device_of(compute: Compute, *, rank: int = 0) -> torch.device:
-    """Return the device to run on; rank: number of this process among those that train together.
+    """Return the device to run on: the first GPU that no other step on this machine has taken.
+
+    rank: number of this process among those that train together, which take a GPU each.
 
     Raises InputError where cuda is asked for and not there, or where SLURM gave the job a GPU that
     torch does not see: a training on the CPU there would take days.
@@ -27,7 +34,8 @@ def device_of(compute: Compute, *, rank: int = 0) -> torch.device:
                 f"compute.gpus_per_training is {compute.gpus_per_training}, but torch sees "
                 f"{torch.cuda.device_count()} GPUs here; ask for fewer, or for another node."
             )
-        return torch.device("cuda", rank)
+        together = compute.gpus_per_training > 1
+        return torch.device("cuda", rank if together else free_gpu())
     if compute.device == "cuda":
         raise InputError(
             "compute.device is cuda, but torch sees no GPU here; ask the scheduler for one, "
@@ -41,6 +49,32 @@ def device_of(compute: Compute, *, rank: int = 0) -> torch.device:
             "compute.device to cpu."
         )
     return torch.device("cpu")
+
+
+@cache
+def free_gpu() -> int:
+    """Return the number of a visible GPU that no other step of this user has taken, and take it.
+
+    A step takes a GPU by a lock on a file, which the system releases when the process ends. Where
+    all are taken, because a run was allowed more steps at a time than there are GPUs, the first is
+    shared. SLURM gives a job of its own its own GPU, and there is nothing to choose.
+    """
+    count = torch.cuda.device_count()
+    for number in range(count if count > 1 else 0):
+        name = f"cotrain-{os.getuid()}-{torch.cuda.get_device_properties(number).uuid}.lock"
+        file = open(Path(tempfile.gettempdir(), name), "w")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            continue
+        _TAKEN.append(file)
+        return number
+    return 0
+
+
+_TAKEN: list[TextIO] = []
+"""Locked files, open for as long as this process lives."""
 
 
 def precision_of(compute: Compute, device: torch.device, *, training: bool) -> str:
