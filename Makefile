@@ -11,6 +11,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 .PHONY: demo test lint bench-accuracy schema clean
 
 demo: $(VENV)/ready
+	@echo "Some minutes; in another window: $(BIN)/cotrain status demo"
 	$(RUN) cotrain make-demo-data --folder data/demo
 	$(RUN) snakemake --cores $(CORES) --configfile config/demo.yaml --quiet rules \
 		--set-threads train=1 infer_pseudo_masks=1 infer_test_masks=1

@@ -246,6 +246,25 @@ def test_a_transductive_pool_is_declared(project: Path):
     assert "test images" not in planned(project).of("summarise")[0].get("--note", "")
 
 
+@pytest.mark.parametrize("scheduler", ["ilp", "greedy"])
+def test_where_jobs_wait_for_each_other_co_training_comes_before_its_control(
+    project: Path, scheduler: str
+):
+    config = settings_file(project, cotraining__last_epochs=1)
+    ran = snakemake(
+        *(project, "--cores", "1", "--scheduler", scheduler, "--configfile", str(config))
+    )
+    assert ran.returncode == 0, ran.stderr
+    began = [
+        (int(round), arm)
+        for arm, round in re.findall(r"--arm (\w+) +\\?\s*--round (\d+)", ran.stdout + ran.stderr)
+    ]
+    arms = [arm for _, arm in began]
+    assert arms.count("cotrain") == 5
+    assert arms.count("labels_only") == 4
+    assert arms == sorted(arms)
+
+
 def test_a_gpu_is_asked_for_unless_the_device_is_the_cpu(project: Path):
     assert "gpu=1" in planned(project).text
     assert "gpu=1" not in planned(project, compute__device="cpu").text

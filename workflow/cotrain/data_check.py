@@ -180,7 +180,8 @@ def warnings_of(cases: Sequence[Case]) -> list[str]:
         )
         warnings.append(
             f"Mixed orientations: {found}. Networks see arrays as they are stored, so anatomy is "
-            "mirrored or turned between these cases; reorient all images and labels to one."
+            "mirrored or turned between these cases; reorient all images and labels to one, e.g. "
+            "with nibabel.as_closest_canonical."
         )
     without = [case.name for case in cases if not case.has_orientation_code]
     if without:

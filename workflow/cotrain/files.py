@@ -64,7 +64,9 @@ def read_table(path: str | Path) -> pd.DataFrame:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"The table {path} does not exist; give the path of a TSV or CSV file.")
+        raise InputError(
+            f"The table {path} does not exist in {Path.cwd()}; give the path of a TSV or CSV file."
+        )
     separator = "," if path.suffix == ".csv" else "\t"
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     return pd.read_csv(

@@ -162,7 +162,11 @@ def run(arguments: argparse.Namespace) -> None:
         for column in ("image", "label"):
             table[column] = [_relative(paths, arguments.data_folder) for paths in table[column]]
     write_table(table, arguments.out)
-    checked = read_cases(arguments.out, arguments.data_folder)
+    try:
+        checked = read_cases(arguments.out, arguments.data_folder)
+    except InputError:
+        arguments.out.unlink()
+        raise
     counts = [f"{(checked['split'] == split).sum()} {split}" for split in SPLITS]
     print(f"{arguments.out}: {', '.join(counts)}")
 

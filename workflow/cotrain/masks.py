@@ -212,6 +212,8 @@ def write_mask(
     write_soft(soft, soft_path, patch_size=planned.configuration("3d").patch_size)
     # nnU-Net's arrays are (Z, Y, X), NIfTI's are (X, Y, Z).
     write_labels(labels.transpose(2, 1, 0), like=image, path=mask_path)
+    # An edit in place would teach nothing: a viewer is to save it under a new name.
+    mask_path.chmod(0o444)
     voxel_ml = abs(np.linalg.det(nibabel.load(image).affine[:3, :3])) / 1000
     return {
         "case": case,

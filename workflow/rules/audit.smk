@@ -7,6 +7,7 @@ rule write_verdicts:
         verdicts="results/{experiment}/cotrain/round-{round}/audit/verdicts_{network}.txt",
     log:
         "logs/{experiment}/cotrain/round-{round}/verdicts_{network}.log",
+    priority: 1
     conda:
         "../../envs/cotrain.yaml"
     params:
@@ -31,6 +32,7 @@ rule audit:
         "logs/{experiment}/cotrain/round-{round}/audit_{network}.log",
     benchmark:
         "benchmarks/{experiment}/cotrain/round-{round}/audit_{network}.tsv"
+    priority: 1
     conda:
         "../../envs/cotrain.yaml"
     threads: 1
@@ -78,6 +80,7 @@ rule draw_audit_page:
         "logs/{experiment}/cotrain/round-{round}/audit_page_{network}.log",
     benchmark:
         "benchmarks/{experiment}/cotrain/round-{round}/audit_page_{network}.tsv"
+    priority: 1
     conda:
         "../../envs/cotrain.yaml"
     threads: 1

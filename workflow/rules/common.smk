@@ -669,6 +669,11 @@ def gpus_wanted(wildcards):
     return 0 if settings_of(wildcards).compute.device == "cpu" else 1
 
 
+def priority_of_arm(wildcards):
+    """Return a lower priority for the control: masks to audit are wanted first."""
+    return 0 if wildcards["arm"] == "labels_only" else 1
+
+
 def processes_of_training(wildcards):
     """Return how many processes train one network together, each with a GPU of its own."""
     return settings_of(wildcards).compute.gpus_per_training

@@ -16,6 +16,7 @@ rule infer_test_masks:
         "logs/{experiment}/{arm}/round-{round}/test_{network}-{shard}.log",
     benchmark:
         "benchmarks/{experiment}/{arm}/round-{round}/test_{network}-{shard}.tsv"
+    priority: priority_of_arm
     conda:
         "../../envs/cotrain.yaml"
     threads: 4

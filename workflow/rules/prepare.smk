@@ -9,6 +9,7 @@ rule write_settings:
         "logs/{experiment}/settings/{stage}.log",
     wildcard_constraints:
         stage="plan|train_2d|train_3d|train_last|infer",
+    priority: 1
     conda:
         "../../envs/cotrain.yaml"
     params:
@@ -110,6 +111,7 @@ rule preprocess:
         "logs/{experiment}/preprocessed/{split}-{shard}.log",
     benchmark:
         "benchmarks/{experiment}/preprocessed/{split}-{shard}.tsv"
+    priority: 1
     conda:
         "../../envs/cotrain.yaml"
     threads: 4
@@ -148,6 +150,7 @@ rule fetch_weights:
         "logs/{experiment}/weights/fetch_weights.log",
     benchmark:
         "benchmarks/{experiment}/weights/fetch_weights.tsv"
+    priority: 1
     conda:
         "../../envs/cotrain.yaml"
     threads: 1

@@ -20,6 +20,7 @@ rule infer_pseudo_masks:
         "logs/{experiment}/cotrain/round-{round}/pseudo_{network}-{shard}.log",
     benchmark:
         "benchmarks/{experiment}/cotrain/round-{round}/pseudo_{network}-{shard}.tsv"
+    priority: 1
     conda:
         "../../envs/cotrain.yaml"
     threads: 4
@@ -61,6 +62,7 @@ rule merge_pseudo_masks:
         "logs/{experiment}/cotrain/round-{round}/teacher_{network}-{shard}.log",
     benchmark:
         "benchmarks/{experiment}/cotrain/round-{round}/teacher_{network}-{shard}.tsv"
+    priority: 1
     conda:
         "../../envs/cotrain.yaml"
     threads: 1

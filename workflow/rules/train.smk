@@ -23,6 +23,7 @@ rule train:
         "logs/{experiment}/{arm}/round-{round}/train_{network}.log",
     benchmark:
         "benchmarks/{experiment}/{arm}/round-{round}/train_{network}.tsv"
+    priority: priority_of_arm
     conda:
         "../../envs/cotrain.yaml"
     # Fewer cores give fewer threads; with 8 cores both arms train side by side.
