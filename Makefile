@@ -22,7 +22,9 @@ demo: $(VENV)/ready
 	@echo "results/demo/model (a plain nnU-Net folder), README.md (your own data)."
 
 test: lint
-	$(RUN) pytest -q -m "not slow" -n 3 --dist loadgroup
+	# The tests of a file share what they train; those on SLURM mostly wait.
+	$(RUN) pytest -q -m "not slow" -n 2 --dist loadfile --ignore tests/slurm
+	$(RUN) pytest -q -m "not slow" -n 3 tests/slurm
 
 lint: $(VENV)/ready
 	$(RUN) ruff check .

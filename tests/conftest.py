@@ -90,15 +90,9 @@ OTHER_NETWORKS_3D = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put fast tests first, and keep the tests of a file in one process of `pytest -n`.
-
-    Those that wait for SLURM, the last ones, are spread over the processes.
-    """
+    """Put fast tests first."""
     later = {"contracts": 1, "workflow": 2, "slurm": 3}
     items.sort(key=lambda item: later.get(item.path.parent.name, 0))
-    for item in items:
-        if item.path.parent.name != "slurm":
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 @dataclass(frozen=True)
