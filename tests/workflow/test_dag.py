@@ -723,9 +723,15 @@ def test_a_small_dry_run_takes_less_than_five_seconds(project: Path):
 
 
 def test_fifty_rounds_of_ten_thousand_cases_are_planned_in_time(tmp_path: Path):
-    write_cases(tmp_path, labelled=10, unlabelled=10_000, test=100)
-    seconds, gigabytes = cost_of_dry_run(tmp_path, rounds=50, shards=10)
-    assert seconds < 30
+    small, large = tmp_path / "small", tmp_path / "large"
+    for folder in (small, large):
+        folder.mkdir()
+    write_cases(small)
+    write_cases(large, labelled=10, unlabelled=10_000, test=100)
+    seconds, gigabytes = cost_of_dry_run(large, rounds=50, shards=10)
+    # In dry runs of 3 rounds of 8 cases, because processors differ: 12 of them were measured.
+    unit, _ = cost_of_dry_run(small, rounds=3)
+    assert seconds < 25 * unit
     assert gigabytes < 2
 
 
