@@ -21,8 +21,8 @@ demo: $(VENV)/ready
 	@echo "results/demo/cases/dataset_report.html, results/demo/cotrain/round-01/audit/train_3d.html,"
 	@echo "results/demo/model (a plain nnU-Net folder), README.md (your own data)."
 
+# The tests of a file share what they train; those on SLURM mostly wait.
 test: lint
-	# The tests of a file share what they train; those on SLURM mostly wait.
 	$(RUN) pytest -q -m "not slow" -n 2 --dist loadfile --ignore tests/slurm
 	$(RUN) pytest -q -m "not slow" -n 3 tests/slurm
 
