@@ -1,5 +1,7 @@
 """Batches: the same whoever makes them, with the targets and shares that were asked for."""
 
+import json
+
 import blosc2
 import numpy as np
 import pytest
@@ -94,6 +96,24 @@ def test_labelled_samples_come_first_and_pseudo_labelled_ones_are_counted(
         # The teacher's masks are nowhere quite certain; true labels are everywhere.
         is_soft = [((each > 0) & (each < 1)).any().item() for each in batch["target"]]
         assert is_soft == [False] * (configuration.batch_size - count) + [True] * count
+
+
+def test_slices_beside_a_slice_come_as_its_channels(planned, labelled, unlabelled):
+    plans = json.loads(json.dumps(planned.plans))
+    plans["configurations"]["2d_cotrain"]["architecture"]["arch_kwargs"]["adjacent_slices"] = 2
+    seeing = source_of(Planned(plans, planned.dataset), "2d", labelled, unlabelled, [2])
+    batch = seeing[0]
+    size = planned.configuration("2d").patch_size
+    assert batch["data"].shape == (4, 5, *size)
+    assert batch["target"].shape == (4, 3, *size)
+    # A patch of the second of four slices, 2 x 3 voxels: voxels are numbered.
+    image = np.arange(1, 4 * 8 * 8 + 1, dtype=np.float32).reshape(1, 4, 8, 8)
+    patch = seeing._image_of(blosc2.asarray(image), [[1, 2], [2, 4], [-1, 2]])
+    assert patch.shape == (1, 5, 2, 3)
+    assert not patch[0, 0].any()
+    assert patch[0, 1:].tolist() == [
+        [[0, 64 * z + 17, 64 * z + 18], [0, 64 * z + 25, 64 * z + 26]] for z in range(4)
+    ]
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -112,6 +112,31 @@ def test_logits_are_those_of_stock_nnunet(name, shape, mirroring, planned):
     torch.testing.assert_close(ours, stock, rtol=2e-3, atol=2e-3 * spread)
 
 
+def test_a_slice_is_seen_with_those_beside_it():
+    """Two channels of 4 slices: the first holds 1 to 4, the second 10 to 40."""
+    image = np.arange(1, 5)[None, :, None, None] * np.array([1, 10])[:, None, None, None]
+    image = np.broadcast_to(image, (2, 4, 8, 8)).astype(np.float32)
+    slabs = logit_slabs(
+        torch.nn.Identity(),
+        image,
+        patch_size=(8, 8),
+        class_count=6,
+        batch_size=3,
+        inference=Inference(),
+        device=CPU,
+        precision="fp32",
+        adjacent_slices=1,
+    )
+    seen = torch.cat(list(slabs), dim=1)[:, :, 4, 4].round()
+    # By slices: before, itself and after of one channel, then of the other; 0 past the ends.
+    assert seen.T.tolist() == [
+        [0, 1, 2, 0, 10, 20],
+        [1, 2, 3, 10, 20, 30],
+        [2, 3, 4, 20, 30, 40],
+        [3, 4, 0, 30, 40, 0],
+    ]
+
+
 def test_a_networks_infinite_output_stops_with_a_sentence(planned):
     class Broken(torch.nn.Module):
         def forward(self, images):

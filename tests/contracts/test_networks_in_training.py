@@ -37,7 +37,7 @@ ENCODERS = {
     "full": {"adaptation": "full"},
     "lora": {"adaptation": "lora"},
     "frozen": {"adaptation": "frozen"},
-    "pyramid": {"encoder": "pvt_v2_b0", "adaptation": "lora"},
+    "pyramid": {"encoder": "pvt_v2_b0", "adaptation": "lora", "adjacent_slices": 1},
     "vit": {"encoder": "vit_tiny_patch16_224", "decoder": "DPT", "adaptation": "lora"},
 }
 STOCK_PREDICTION = """

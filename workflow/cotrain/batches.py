@@ -55,8 +55,10 @@ def seed_everything(*words: int) -> None:
         torch.cuda.manual_seed_all(int(torch_seed))
 
 
-def augmentation(configuration) -> tuple[object, np.ndarray]:
+def augmentation(configuration, adjacent_slices: int = 0) -> tuple[object, np.ndarray]:
     """Return nnU-Net's training transforms of a configuration and the patch they start from.
+
+    adjacent_slices: of a slice, on each side, as further channels.
 
     The ranges are those of `nnUNetTrainer.configure_rotation_dummyDA_mirroring_and_inital_patch_
     size` (nnunetv2 2.8.1), which cannot be called without a trainer and its folders.
@@ -78,7 +80,11 @@ def augmentation(configuration) -> tuple[object, np.ndarray]:
         None,
         tuple(range(dimensions)),
         flat,
-        use_mask_for_norm=configuration.use_mask_for_norm,
+        use_mask_for_norm=[
+            masked
+            for masked in configuration.use_mask_for_norm
+            for _ in range(1 + 2 * adjacent_slices)
+        ],
     )
     _make_repeatable(transforms)
     return transforms, start
@@ -114,13 +120,14 @@ class BatchSource(torch.utils.data.Dataset):
         place: Place | None = None,
     ) -> None:
         configuration = planned.configuration(network)
+        self.adjacent_slices = planned.adjacent_slices(network)
         self.patch_size = list(configuration.patch_size)
         self.batch_size = configuration.batch_size
         self.slots = (place or Place()).share_of(self.batch_size)
         self.class_count = planned.class_count
         # nnU-Net then sets voxels outside the body to 0, which the stored segmentation marks.
         self.masks_image = any(configuration.use_mask_for_norm)
-        self.transforms, start = augmentation(configuration)
+        self.transforms, start = augmentation(configuration, self.adjacent_slices)
         self.labelled, self.unlabelled = labelled, unlabelled
         weights = np.array([case.weight for case in unlabelled])
         self.chances = weights / weights.sum() if unlabelled else weights
@@ -162,7 +169,7 @@ class BatchSource(torch.utils.data.Dataset):
         locations = _locations(case.arrays, case.soft)
         lower, upper = self.cropper.get_bbox(image.shape[1:], aimed, locations)
         box = [list(pair) for pair in zip(lower, upper, strict=True)]
-        sample = {"image": torch.from_numpy(crop_and_pad_nd(image, box, 0)).float()}
+        sample = {"image": torch.from_numpy(self._image_of(image, box)).float()}
         if case.soft is None or self.masks_image:
             segmentation = _open(case.arrays + "_seg.b2nd")
             cropped = crop_and_pad_nd(segmentation, box, -1, cast_cropped_to=np.int16)
@@ -171,7 +178,7 @@ class BatchSource(torch.utils.data.Dataset):
             cropped = crop_and_pad_nd(_open_soft(case.soft), box, 0)
             sample["regression_target"] = torch.from_numpy(cropped).float() / 255
         if len(self.patch_size) == 2:
-            sample = {name: tensor[:, 0] for name, tensor in sample.items()}
+            sample = {name: tensor.flatten(0, 1) for name, tensor in sample.items()}
         sample = self.transforms(**sample)
         if case.soft is None:
             label = sample["segmentation"][0].long()
@@ -181,6 +188,12 @@ class BatchSource(torch.utils.data.Dataset):
             background = (1 - foreground.sum(0, keepdim=True)).clamp_min_(0)
             target = torch.cat([background, foreground])
         return sample["image"], target
+
+    def _image_of(self, image: blosc2.NDArray, box: list[list[int]]) -> np.ndarray:
+        """Return an image's patch `(C, z, y, x)`, of a slice with those beside it."""
+        (low, high), *in_plane = box
+        wider = [[low - self.adjacent_slices, high + self.adjacent_slices], *in_plane]
+        return crop_and_pad_nd(image, wider, 0)
 
 
 class _Names:

@@ -90,13 +90,15 @@ def logit_slabs(
     inference: Inference,
     device: torch.device,
     precision: str,
+    adjacent_slices: int = 0,
 ) -> Iterator[torch.Tensor]:
     """Yield logits `(K, d, Y, X)` float16 on the CPU, slab after slab from the first slice to the
     last, averaged over overlapping windows.
 
     image: `(C, Z, Y, X)` float32 on the preprocessed grid; only windows of it are read. Never more
     slices are held than a window has. Windows count by a Gaussian around their centre, as in
-    nnU-Net. Raises InputError where logits are not finite.
+    nnU-Net. adjacent_slices: on each side of a slice, which a 2D network sees with it. Raises
+    InputError where logits are not finite.
     """
     shape = image.shape[1:]
     gaussian = compute_gaussian(
@@ -114,11 +116,8 @@ def logit_slabs(
     for layer, first, following in zip(layers, lows, [*lows[1:], shape[0]], strict=True):
         for start in range(0, len(layer), at_once):
             group = layer[start : start + at_once]
-            patches = [
-                torch.from_numpy(crop_and_pad_nd(image, [list(each) for each in box], 0)).float()
-                for box in group
-            ]
-            batch = patches[0].movedim(1, 0) if flat else torch.stack(patches)
+            patches = [_patch_of(image, box, adjacent_slices) for box in group]
+            batch = _slices_of(patches[0], adjacent_slices) if flat else torch.stack(patches)
             batch = batch.to(device)
             with autocast(device, precision):
                 logits = _logits_of(network, batch, mirroring=inference.mirroring)
@@ -148,6 +147,21 @@ def logit_slabs(
             kept = sums[:, done:].clone()
             sums.zero_()
             sums[:, : held - done] = kept
+
+
+def _patch_of(
+    image: blosc2.NDArray | np.ndarray, box: tuple[tuple[int, int], ...], adjacent_slices: int
+) -> torch.Tensor:
+    """Return a box of an image `(C, z, y, x)`, with so many slices more on each side; 0 outside."""
+    (low, high), *in_plane = map(list, box)
+    wider = [[low - adjacent_slices, high + adjacent_slices], *in_plane]
+    return torch.from_numpy(crop_and_pad_nd(image, wider, 0)).float()
+
+
+def _slices_of(patch: torch.Tensor, adjacent_slices: int) -> torch.Tensor:
+    """Return slices `(z, C * (1 + 2n), y, x)`, each with its neighbours as further channels."""
+    neighbours = patch.unfold(1, 1 + 2 * adjacent_slices, 1)  # (C, z, y, x, 1 + 2n)
+    return neighbours.permute(1, 0, 4, 2, 3).flatten(1, 2)
 
 
 def _logits_of(network: nn.Module, batch: torch.Tensor, *, mirroring: bool) -> torch.Tensor:
@@ -328,6 +342,7 @@ def run(arguments: argparse.Namespace) -> None:
             patch_size=tuple(configuration.patch_size),
             class_count=planned.class_count,
             batch_size=configuration.batch_size,
+            adjacent_slices=planned.adjacent_slices(arguments.network),
             inference=stage.inference,
             device=device,
             precision=precision,

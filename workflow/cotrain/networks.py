@@ -45,7 +45,8 @@ class TimmSegmentationNetwork(nn.Module):
     Maps `(B, C, Y, X)` float images to `(B, num_classes, Y, X)` logits, for any Y and X.
 
     Args:
-        input_channels: C; 3 is not needed, the stem is adapted when weights are loaded.
+        input_channels: channels of the image; 3 are not needed, the stem is adapted when weights
+            are loaded.
         num_classes: labels including the background.
         deep_supervision: must be False, these decoders have one output.
         encoder: timm's name, with or without the tag of its weights.
@@ -57,6 +58,8 @@ class TimmSegmentationNetwork(nn.Module):
         image_size: `(Y, X)`, only for encoders built for one size (Swin): every input is padded to
             it, so it must hold the patch. A plain ViT needs none, its position embedding is
             interpolated to each input.
+        adjacent_slices: n, slices on each side that come as further channels: C is
+            `input_channels * (1 + 2 * n)`, all slices of the first channel first.
 
     Raises InputError for an argument that cannot be met.
     """
@@ -72,6 +75,7 @@ class TimmSegmentationNetwork(nn.Module):
         adaptation: Literal["full", "lora", "frozen"] = "full",
         lora_rank: int = 64,
         image_size: tuple[int, int] | None = None,
+        adjacent_slices: int = 0,
     ) -> None:
         super().__init__()
         if deep_supervision:
@@ -85,7 +89,7 @@ class TimmSegmentationNetwork(nn.Module):
             )
         check_encoder(encoder)
         self.encoder_name = encoder
-        self.input_channels = input_channels
+        self.input_channels = input_channels * (1 + 2 * adjacent_slices)
         self.adaptation = adaptation
         self.image_size = tuple(image_size) if image_size else None
         self.model = self._smp_model(decoder, num_classes)

@@ -113,6 +113,11 @@ class Planned:
         """Number of image channels."""
         return len(self.dataset["channel_names"])
 
+    def adjacent_slices(self, network: str) -> int:
+        """Number of slices on each side of a slice that the network sees as further channels."""
+        arguments = self.configuration(network).network_arch_init_kwargs
+        return arguments.get("adjacent_slices", 0) if network == "2d" else 0
+
     def build_network(self, network: str, *, deep_supervision: bool) -> "nn.Module":
         """Build the `2d` or `3d` network with nnU-Net's own builder, randomly initialised."""
         from nnunetv2.utilities.get_network_from_plans import get_network_from_plans

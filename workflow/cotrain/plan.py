@@ -145,6 +145,7 @@ def configuration_2d(plans: dict, wanted: Network2D) -> dict:
                 "decoder": wanted.decoder,
                 "adaptation": wanted.adaptation,
                 "lora_rank": wanted.lora_rank,
+                "adjacent_slices": wanted.adjacent_slices,
             },
             "_kw_requires_import": [],
         },
@@ -162,7 +163,7 @@ def check_network_2d(planned: Planned, wanted: Network2D) -> None:
     try:
         with torch.inference_mode():
             network = planned.build_network("2d", deep_supervision=False).eval()
-            network(torch.zeros(1, planned.channel_count, *patch))
+            network(torch.zeros(1, network.input_channels, *patch))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
             f"network_2d does not work: encoder {wanted.encoder} with decoder {wanted.decoder} on "

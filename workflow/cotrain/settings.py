@@ -52,6 +52,14 @@ class Network2D(Section):
         "null: the median case's in-plane size, rounded up to a multiple of 32, at most 512.",
     )
     batch_size: int = Field(16, ge=1, description="Slices in a batch.")
+    adjacent_slices: int = Field(
+        0,
+        ge=0,
+        le=8,
+        description="Slices on each side of the one to segment that the network sees with it, as "
+        "further channels: with 1, a volume of one channel is seen as the three colours that the "
+        "encoder was pretrained on.",
+    )
 
 
 class Network3D(Section):
