@@ -4,7 +4,7 @@
     python benchmarks/accuracy.py report
 
 `run` trains every method on every labelled set through the workflow, and stores the scores of each
-test case in benchmarks/accuracy.tsv and the true quality of the pseudo-masks in
+test case in benchmarks/accuracy.tsv and the true quality of all pseudo-masks in
 benchmarks/accuracy_masks.tsv. `report` redraws docs/accuracy.md and docs/accuracy.png from them.
 
 Which cases are labelled moves a result more than the method does, so a method is judged over sets:
@@ -22,6 +22,7 @@ from typing import NamedTuple
 import pandas as pd
 import yaml
 
+from cotrain.audit import true_dice
 from cotrain.errors import InputError
 from cotrain.experiments import experiments_of as experiments_in
 from cotrain.files import (
@@ -32,6 +33,7 @@ from cotrain.files import (
     write_table,
     write_text,
 )
+from cotrain.nifti import read_labels
 from cotrain.settings import Settings, check
 from cotrain.summary import paired_gain, read_evaluations
 
@@ -94,7 +96,9 @@ METHODS = [
     Method("mean of both, co-trained", "own", "cotrain", "mean"),
     Method("3D, all labels", "full", "labels_only", "3d"),
 ]
-BASELINE, BOUND = METHODS[2], METHODS[-1]
+BASELINE, BOUND, PRODUCT = METHODS[2], METHODS[-1], METHODS[-3]
+BAR = METHODS[1:5]
+"""What the product must be above, to be worth its while: all are trained on labels alone."""
 
 
 class Data(NamedTuple):
@@ -264,6 +268,12 @@ def run_workflow(
         for place in sets
         for method in methods
     }
+    for place in sets:
+        for experiment in {method.experiment for method in methods if method.arm == "cotrain"}:
+            own = settings[*place, experiment]
+            last = f"results/{own.experiment}/cotrain/round-{last_round_of(own):02d}"
+            # The last masks teach nobody, but show on unlabelled cases what training has brought.
+            targets.add(f"{last}/pseudo_3d/manifest-0.tsv")
     for place in sets if with_peers else []:
         own = f"results/{settings[*place, 'own'].experiment}"
         targets |= {f"{own}/settings/{stage}.yaml" for stage in ("train_3d", "infer")}
@@ -343,21 +353,46 @@ def store(
                     "minutes": f"{spent:.2f}",
                 }
             )
-        results = CLONE / "results" / own.experiment
-        for audit in sorted(results.glob("cotrain/round-*/audit/train_*.tsv")):
-            taught = read_table(audit)
-            masks.append(
-                {
-                    **key,
-                    "round": int(audit.parts[-3][-2:]),
-                    "taught": audit.stem.removeprefix("train_"),
-                    "true_dice": f"{pd.to_numeric(taught['truth_dice']).mean():.5f}",
-                    "confidence": f"{pd.to_numeric(taught['confidence']).mean():.5f}",
-                }
-            )
+        if method.experiment not in PEERS:
+            masks += [{**key, **row} for row in mask_qualities(own)]
     _replace_rows(STORED, pd.DataFrame(rows).astype(str))
     if masks:
         _replace_rows(STORED_MASKS, pd.DataFrame(masks).astype(str).drop_duplicates())
+
+
+def mask_qualities(settings: Settings) -> list[dict[str, str]]:
+    """Return the mean true Dice of each set of pseudo-masks, beside their confidence.
+
+    A row says which masks: those that a network made (`of 2d`), or those that taught it (`for 2d`).
+    """
+    results = CLONE / "results" / settings.experiment
+    rows = []
+    for audit in sorted(results.glob("cotrain/round-*/audit/train_*.tsv")):
+        taught = read_table(audit).rename(columns={"truth_dice": "true_dice"})
+        rows.append((audit.parts[-3], audit.stem.replace("train_", "for "), taught))
+    truths = read_table(results / "cases" / "unlabelled.tsv").set_index("case")["label"]
+    for manifest in sorted(results.glob("cotrain/round-*/pseudo_*/manifest-0.tsv")):
+        made = read_table(manifest)
+        made["true_dice"] = [
+            true_dice(
+                read_labels(manifest.parent / mask)[0],
+                read_labels(truths[case])[0],
+                settings.labels,
+            )
+            for case, mask in zip(made["case"], made["mask"], strict=True)
+        ]
+        rows.append((manifest.parts[-3], manifest.parts[-2].replace("pseudo_", "of "), made))
+    return [
+        {
+            "round": str(int(round_[-2:])),
+            "masks": masks,
+            **{
+                name: f"{pd.to_numeric(table[name]).mean():.5f}"
+                for name in ("true_dice", "confidence")
+            },
+        }
+        for round_, masks, table in rows
+    ]
 
 
 def minutes_of(benchmarks: Path, method: Method, *, last: int) -> float:
@@ -447,10 +482,10 @@ def table_of(standings: list[Standing]) -> list[str]:
             standing.method.words,
             " ".join(map(str, sets.index)),
             _spread(standing.dice),
-            f"{100 * sets['worst'].mean():.1f}",
-            f"{100 * sets['jaccard'].mean():.1f}",
-            f"{sets['hd95_mm'].mean():.2f}",
-            f"{sets['asd_mm'].mean():.2f}",
+            _spread(100 * sets["worst"]),
+            _spread(100 * sets["jaccard"]),
+            _spread(sets["hd95_mm"], digits=2),
+            _spread(sets["asd_mm"], digits=2),
             _gain(standing, named.get(BASELINE)),
             _gap(standing, named.get(BASELINE), named.get(BOUND)),
             f"{sets['minutes'].mean():.0f}",
@@ -459,9 +494,31 @@ def table_of(standings: list[Standing]) -> list[str]:
     return lines
 
 
-def _spread(values: pd.Series) -> str:
-    text = f"{values.mean():.1f}"
-    return text + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
+def bar_of(standings: list[Standing]) -> list[str]:
+    """Return the lines of a Markdown table: the product against each method without co-training."""
+    named = {standing.method: standing for standing in standings}
+    if PRODUCT not in named:
+        return []
+    product = named[PRODUCT]
+    lines = [
+        f"| {PRODUCT.words}, against | sets | Dice, points | worst case, points |",
+        "|---|---|---|---|",
+    ]
+    for method in BAR:
+        if method in named and product.sets.index.isin(named[method].sets.index).any():
+            other = named[method]
+            sets = product.sets.index.intersection(other.sets.index)
+            worst = 100 * (product.sets["worst"] - other.sets["worst"])[sets]
+            lines.append(
+                f"| {method.words} | {' '.join(map(str, sets))} | {_gain(product, other)} "
+                f"| {worst.mean():+.1f} |"
+            )
+    return lines
+
+
+def _spread(values: pd.Series, *, digits: int = 1) -> str:
+    text = f"{values.mean():.{digits}f}"
+    return text + (f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else "")
 
 
 def _gain(standing: Standing, baseline: Standing | None) -> str:
@@ -490,16 +547,16 @@ def _gap(standing: Standing, baseline: Standing | None, bound: Standing | None) 
 
 
 def masks_table(stored: pd.DataFrame) -> list[str]:
-    """Return the lines of a Markdown table: true Dice of the masks that taught, round by round."""
+    """Return the lines of a Markdown table: true Dice of the pseudo-masks, round by round."""
     lines = [
-        "| experiment | taught | round | true Dice % | confidence % |",
-        "|---|---|---|---|---|",
+        "| experiment | round | masks | sets | true Dice % | confidence % |",
+        "|---|---|---|---|---|---|",
     ]
-    for (experiment, round_, taught), rows in stored.groupby(["experiment", "round", "taught"]):
+    for (experiment, round_, masks), rows in stored.groupby(["experiment", "round", "masks"]):
         dice, confidence = 100 * rows["true_dice"], 100 * rows["confidence"]
         lines.append(
-            f"| {experiment} | {taught.upper()} | {round_} | {_spread(dice)} "
-            f"| {_spread(confidence)} |"
+            f"| {experiment} | {round_} | {masks.replace('d', 'D')} "
+            f"| {' '.join(map(str, rows['set']))} | {_spread(dice)} | {_spread(confidence)} |"
         )
     return lines
 
@@ -539,8 +596,13 @@ def report(arguments: argparse.Namespace) -> None:
         title = f"{DATA[data].title}, {labelled} labelled"
         panels[title] = standings_of(rows)
         taught = masks[(masks["data"] == data) & (masks["labelled"] == labelled)]
-        parts += [f"### {title}", "", *table_of(panels[title]), ""]
-        parts += ["The masks that taught, unlabelled cases:", "", *masks_table(taught), ""]
+        parts += [f"### {title}", "", *table_of(panels[title]), "", *bar_of(panels[title]), ""]
+        parts += [
+            "Pseudo-masks *of* each network, and those it was taught by (*for*), unlabelled cases:",
+            "",
+            *masks_table(taught),
+            "",
+        ]
     page = CLONE / "docs" / "accuracy.md"
     prose, marker, _ = page.read_text().partition(MARKER)
     if not marker:

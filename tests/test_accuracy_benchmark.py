@@ -2,12 +2,15 @@
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
+import nibabel
+import numpy as np
 import pandas as pd
 import pytest
 
 from cotrain.errors import InputError
-from cotrain.files import read_table
+from cotrain.files import read_table, write_table
 from cotrain.schedule import Schedule
 from cotrain.summary import read_evaluations
 
@@ -131,12 +134,45 @@ def test_gain_gap_and_worst_case_by_hand(accuracy, stored):
         "3D, all labels",
     ]
     lines = accuracy.table_of(standings)
-    assert lines[2].startswith("| 3D, labels only | 0 1 | 72.5 ± 3.5 | 65.0 |")
+    assert lines[2].startswith("| 3D, labels only | 0 1 | 72.5 ± 3.5 | 65.0 ± 7.1 |")
     # Sets 77.0 and 74.0. Gains 2 and 4: mean 3, t(1) = 12.71, standard error 1.
-    assert lines[3].startswith("| 3D, co-trained | 0 1 | 75.5 ± 2.1 | 70.0 | 50.0 | 3.00 | 1.00 |")
+    assert lines[3].startswith(
+        "| 3D, co-trained | 0 1 | 75.5 ± 2.1 | 70.0 ± 5.7 | 50.0 ± 0.0 | 3.00 ± 0.00 | "
+    )
     # (75.5 - 72.5) / (81 - 72.5)
     assert lines[3].endswith("| +3.0 (-9.7 to +15.7) | 35 % | 10 |")
     assert lines[4].endswith("|  | 10 |")
+
+
+def test_the_product_is_held_against_what_labels_alone_give(accuracy, stored):
+    lines = accuracy.bar_of(accuracy.standings_of(stored))
+    # Worst cases: 74 - 70 and 66 - 60.
+    assert lines[2:] == ["| 3D, labels only | 0 1 | +3.0 (-9.7 to +15.7) | +5.0 |"]
+
+
+def test_masks_are_judged_by_the_truth_of_unlabelled_cases(accuracy, tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy, "CLONE", tmp_path)
+    own = SimpleNamespace(experiment="own", labels={"atrium": 1})
+    folder = tmp_path / "results" / "own"
+    made = folder / "cotrain" / "round-01" / "pseudo_2d"
+    made.mkdir(parents=True)
+    for path, voxels in (("truth.nii.gz", 4), (made / "c1.nii.gz", 2), (made / "c2.nii.gz", 4)):
+        label = np.zeros((4, 4, 4), dtype=np.uint8)
+        label[0, 0, :voxels] = 1
+        nibabel.save(nibabel.Nifti1Image(label, np.eye(4)), tmp_path / path)
+    cases = pd.DataFrame({"case": ["c1", "c2"], "label": str(tmp_path / "truth.nii.gz")})
+    write_table(cases, folder / "cases" / "unlabelled.tsv")
+    masks = pd.DataFrame(
+        {"case": ["c1", "c2"], "mask": ["c1.nii.gz", "c2.nii.gz"], "confidence": ["0.8", "0.9"]}
+    )
+    write_table(masks, made / "manifest-0.tsv")
+    audit = pd.DataFrame({"truth_dice": ["0.5", "0.7"], "confidence": ["0.8", "0.8"]})
+    write_table(audit, folder / "cotrain" / "round-01" / "audit" / "train_3d.tsv")
+    assert accuracy.mask_qualities(own) == [
+        {"round": "1", "masks": "for 3d", "true_dice": "0.60000", "confidence": "0.80000"},
+        # Dice of c1 2 * 2 / (2 + 4), of c2 1.
+        {"round": "1", "masks": "of 2d", "true_dice": "0.83333", "confidence": "0.85000"},
+    ]
 
 
 def test_sets_that_only_one_method_has_are_not_compared(accuracy, stored):
