@@ -6,12 +6,15 @@ weights.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import nibabel
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -96,6 +99,49 @@ def test_the_control_took_the_same_steps(undisturbed: Path):
     assert taught["learning_rate"].tolist() == control["learning_rate"].tolist()
     assert taught["share_realised"].sum() > 0
     assert control["share_realised"].sum() == 0
+
+
+def test_new_images_are_segmented_by_the_mean_of_both_networks(undisturbed, tmp_path, tiny):
+    images = tmp_path / "images"
+    images.mkdir()
+    for row in tiny.rows("test"):
+        shutil.copy(row["image"], images / f"{row['case']}_0000.nii.gz")
+    words = ["predict", "--experiment", "results/tiny", "--images", images]
+    words += ["--out-dir", tmp_path / "masks", "--channel-suffix", "_0000"]
+    predict = [sys.executable, "-m", "cotrain", *map(str, words)]
+    # From where the workflow ran, as its own paths start there.
+    done = subprocess.run(predict, cwd=undisturbed.parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "round-01/train_2d" in done.stdout
+    assert "round-02/train_3d" in done.stdout
+    for row in tiny.rows("test"):
+        made = nibabel.load(tmp_path / "masks" / f"{row['case']}.nii.gz")
+        of_the_run = undisturbed / "cotrain" / "round-02" / "test_mean" / f"{row['case']}.nii.gz"
+        assert np.array_equal(made.dataobj, nibabel.load(of_the_run).dataobj)
+        assert np.array_equal(made.affine, nibabel.load(row["image"]).affine)
+
+
+def test_prediction_refuses_what_it_cannot_use(undisturbed, tmp_path, tiny):
+    images, row = tmp_path / "images", tiny.rows("test")[0]
+    images.mkdir()
+    image = nibabel.load(row["image"])
+    broken = np.full(image.shape, np.nan, dtype=np.float32)
+    nibabel.save(nibabel.Nifti1Image(broken, image.affine), images / "broken.nii.gz")
+    out = ["--images", str(images), "--out-dir", str(tmp_path / "masks")]
+    for words, said in (
+        (["--experiment", str(undisturbed), *out], "broken.nii.gz"),
+        (["--experiment", str(tmp_path), *out], "not the folder of a finished experiment"),
+        (
+            ["--experiment", str(undisturbed), *out, "--channel-suffix", "_0000,_0001"],
+            "end in none of _0000, _0001",
+        ),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "cotrain", "predict", *words], capture_output=True, text=True
+        )
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert not (tmp_path / "masks").exists()
 
 
 def kill_when(folder: Path, sign: str) -> bool:

@@ -27,6 +27,7 @@ COMMANDS = {
     "compare": ("cotrain.compare", "put experiments beside each other, with means and deviations"),
     "montage": ("cotrain.pictures:montage", "show one case through the rounds"),
     "export": ("cotrain.export", "write a model folder for stock nnUNetv2_predict"),
+    "predict": ("cotrain.predict", "segment new images by the mean of both networks"),
     "status": ("cotrain.status", "print what is done, running and waiting"),
     "make-table": ("cotrain.make_table", "make a case table from folders of images"),
     "make-demo-data": ("cotrain.demo_data", "make the demo's subjects from the ICBM152 template"),

@@ -26,17 +26,8 @@ def images_and_labels(
     order of the channels; empty: one file a case, named as its label. A case without a label file
     has the label ''. Raises InputError where a channel is missing or a label has no image.
     """
-    image_files = _nifti_files(images)
+    channels_of = images_of(images, channel_suffixes=channel_suffixes)
     label_files = _nifti_files(labels)
-    if channel_suffixes:
-        channels_of = _channels_of_cases(image_files, channel_suffixes)
-    else:
-        if all(re.search(r"_\d{4}$", name) for name in image_files):
-            raise InputError(
-                f"Every image is named like {next(iter(image_files))}, as nnU-Net numbers "
-                "channels; add --channel-suffix _0000 (or _0000,_0001 ... for more channels)."
-            )
-        channels_of = {case: [path] for case, path in image_files.items()}
     orphans = sorted(set(label_files) - set(channels_of))
     if orphans:
         raise InputError(
@@ -52,6 +43,21 @@ def images_and_labels(
         }
         for case in sorted(channels_of)
     )
+
+
+def images_of(
+    images: Iterable[str | Path], *, channel_suffixes: Sequence[str]
+) -> dict[str, list[str]]:
+    """Return case -> absolute paths of its channels, of all images in some folders."""
+    image_files = _nifti_files(images)
+    if channel_suffixes:
+        return _channels_of_cases(image_files, channel_suffixes)
+    if all(re.search(r"_\d{4}$", name) for name in image_files):
+        raise InputError(
+            f"Every image is named like {next(iter(image_files))}, as nnU-Net numbers channels; "
+            "add --channel-suffix _0000 (or _0000,_0001 ... for more channels)."
+        )
+    return {case: [path] for case, path in image_files.items()}
 
 
 def with_splits(
