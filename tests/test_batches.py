@@ -10,6 +10,7 @@ import torch
 from cotrain.batches import BatchSource, Case, batches, seed_everything
 from cotrain.masks import foreground_locations, write_soft
 from cotrain.nnunet import Planned, arrays_of
+from cotrain.slices import patch_of, slices_of
 
 NETWORKS = ["2d", "3d"]
 
@@ -106,14 +107,19 @@ def test_slices_beside_a_slice_come_as_its_channels(planned, labelled, unlabelle
     size = planned.configuration("2d").patch_size
     assert batch["data"].shape == (4, 5, *size)
     assert batch["target"].shape == (4, 3, *size)
-    # A patch of the second of four slices, 2 x 3 voxels: voxels are numbered.
+
+
+def test_a_patch_holds_the_slices_beside_it():
+    # The second of four slices, 2 x 3 voxels that reach past the left edge: voxels are numbered.
     image = np.arange(1, 4 * 8 * 8 + 1, dtype=np.float32).reshape(1, 4, 8, 8)
-    patch = seeing._image_of(blosc2.asarray(image), [[1, 2], [2, 4], [-1, 2]])
+    patch = patch_of(blosc2.asarray(image), [(1, 2), (2, 4), (-1, 2)], adjacent_slices=2)
     assert patch.shape == (1, 5, 2, 3)
     assert not patch[0, 0].any()
     assert patch[0, 1:].tolist() == [
         [[0, 64 * z + 17, 64 * z + 18], [0, 64 * z + 25, 64 * z + 26]] for z in range(4)
     ]
+    (seen,) = slices_of(patch, adjacent_slices=2)
+    assert torch.equal(seen, patch[0])
 
 
 @pytest.mark.parametrize("network", NETWORKS)

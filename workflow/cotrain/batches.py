@@ -22,6 +22,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from cotrain.masks import open_soft
 from cotrain.nnunet import Planned
+from cotrain.slices import patch_of, slices_of
 from cotrain.team import Place
 
 FOREGROUND_OVERSAMPLING = 0.33
@@ -169,7 +170,7 @@ class BatchSource(torch.utils.data.Dataset):
         locations = _locations(case.arrays, case.soft)
         lower, upper = self.cropper.get_bbox(image.shape[1:], aimed, locations)
         box = [list(pair) for pair in zip(lower, upper, strict=True)]
-        sample = {"image": torch.from_numpy(self._image_of(image, box)).float()}
+        sample = {"image": patch_of(image, box, adjacent_slices=self.adjacent_slices)}
         if case.soft is None or self.masks_image:
             segmentation = _open(case.arrays + "_seg.b2nd")
             cropped = crop_and_pad_nd(segmentation, box, -1, cast_cropped_to=np.int16)
@@ -178,7 +179,8 @@ class BatchSource(torch.utils.data.Dataset):
             cropped = crop_and_pad_nd(_open_soft(case.soft), box, 0)
             sample["regression_target"] = torch.from_numpy(cropped).float() / 255
         if len(self.patch_size) == 2:
-            sample = {name: tensor.flatten(0, 1) for name, tensor in sample.items()}
+            (seen,) = slices_of(sample["image"], adjacent_slices=self.adjacent_slices)
+            sample = {name: tensor[:, 0] for name, tensor in sample.items()} | {"image": seen}
         sample = self.transforms(**sample)
         if case.soft is None:
             label = sample["segmentation"][0].long()
@@ -188,12 +190,6 @@ class BatchSource(torch.utils.data.Dataset):
             background = (1 - foreground.sum(0, keepdim=True)).clamp_min_(0)
             target = torch.cat([background, foreground])
         return sample["image"], target
-
-    def _image_of(self, image: blosc2.NDArray, box: list[list[int]]) -> np.ndarray:
-        """Return an image's patch `(C, z, y, x)`, of a slice with those beside it."""
-        (low, high), *in_plane = box
-        wider = [[low - self.adjacent_slices, high + self.adjacent_slices], *in_plane]
-        return crop_and_pad_nd(image, wider, 0)
 
 
 class _Names:

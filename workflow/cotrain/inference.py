@@ -16,7 +16,6 @@ import blosc2
 import numpy as np
 import pandas as pd
 import torch
-from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.inference.sliding_window_prediction import (
     compute_gaussian,
@@ -32,6 +31,7 @@ from cotrain.nnunet import Planned, arrays_of, manifests_of
 from cotrain.provenance import write_provenance
 from cotrain.settings import Inference, InferStage, Section, load
 from cotrain.shards import shard_of
+from cotrain.slices import patch_of, slices_of
 from cotrain.workfolder import WorkFolder
 
 
@@ -116,8 +116,12 @@ def logit_slabs(
     for layer, first, following in zip(layers, lows, [*lows[1:], shape[0]], strict=True):
         for start in range(0, len(layer), at_once):
             group = layer[start : start + at_once]
-            patches = [_patch_of(image, box, adjacent_slices) for box in group]
-            batch = _slices_of(patches[0], adjacent_slices) if flat else torch.stack(patches)
+            patches = [patch_of(image, box, adjacent_slices=adjacent_slices) for box in group]
+            batch = (
+                slices_of(patches[0], adjacent_slices=adjacent_slices)
+                if flat
+                else torch.stack(patches)
+            )
             batch = batch.to(device)
             with autocast(device, precision):
                 logits = _logits_of(network, batch, mirroring=inference.mirroring)
@@ -147,21 +151,6 @@ def logit_slabs(
             kept = sums[:, done:].clone()
             sums.zero_()
             sums[:, : held - done] = kept
-
-
-def _patch_of(
-    image: blosc2.NDArray | np.ndarray, box: tuple[tuple[int, int], ...], adjacent_slices: int
-) -> torch.Tensor:
-    """Return a box of an image `(C, z, y, x)`, with so many slices more on each side; 0 outside."""
-    (low, high), *in_plane = map(list, box)
-    wider = [[low - adjacent_slices, high + adjacent_slices], *in_plane]
-    return torch.from_numpy(crop_and_pad_nd(image, wider, 0)).float()
-
-
-def _slices_of(patch: torch.Tensor, adjacent_slices: int) -> torch.Tensor:
-    """Return slices `(z, C * (1 + 2n), y, x)`, each with its neighbours as further channels."""
-    neighbours = patch.unfold(1, 1 + 2 * adjacent_slices, 1)  # (C, z, y, x, 1 + 2n)
-    return neighbours.permute(1, 0, 4, 2, 3).flatten(1, 2)
 
 
 def _logits_of(network: nn.Module, batch: torch.Tensor, *, mirroring: bool) -> torch.Tensor:
