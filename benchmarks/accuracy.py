@@ -154,8 +154,12 @@ def all_labelled(cases: pd.DataFrame) -> pd.DataFrame:
 
 
 def name_of(data: str, labelled: int, block: int, experiment: str) -> str:
-    """Return the name of an experiment, which is its folder of results."""
-    return f"accuracy_{data}_{labelled}_set{block}_{experiment}"
+    """Return the name of an experiment, which is its folder of results.
+
+    With all cases labelled it is the same one for every number of labelled cases.
+    """
+    number = "all" if experiment == "full" else labelled
+    return f"accuracy_{data}_{number}_set{block}_{experiment}"
 
 
 def epochs_of_3d(own: Settings) -> int:
@@ -180,7 +184,7 @@ def experiments_of(
         "long": round(epochs / DATA[data].share_of_3d / own.rounds),
     }
     cases = read_table(CLONE / DATA[data].cases)
-    rows, keys = [], []
+    rows, names = {}, {}
     for labelled, block in sets:
         for experiment in experiments:
             if experiment == "full":
@@ -195,13 +199,13 @@ def experiments_of(
                 key: value.format(**numbers) for key, value in EXPERIMENTS[experiment].items()
             }
             name = name_of(data, labelled, block, experiment)
-            rows.append({"experiment": name, "seed": block, "cases": table.resolve(), **changes})
-            keys.append((labelled, block, experiment))
+            rows[name] = {"experiment": name, "seed": block, "cases": table.resolve(), **changes}
+            names[labelled, block, experiment] = name
     path = folder / "experiments.tsv"
-    write_table(pd.DataFrame(rows).fillna(""), path)
+    write_table(pd.DataFrame(rows.values()).fillna(""), path)
     content = {**content, "experiment": f"accuracy_{data}", "experiments": str(path)}
     checked, _ = experiments_in(content, source=DATA[data].config)
-    return path, dict(zip(keys, checked.values(), strict=True))
+    return path, {key: checked[name] for key, name in names.items()}
 
 
 def last_round_of(settings: Settings) -> int:

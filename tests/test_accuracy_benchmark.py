@@ -61,6 +61,20 @@ def test_the_upper_bound_keeps_the_test_cases_apart(accuracy, cases):
     }
 
 
+def test_the_upper_bound_is_trained_once_for_all_numbers_of_labels(accuracy, tmp_path, monkeypatch):
+    monkeypatch.chdir(CLONE)
+    table, settings = accuracy.experiments_of(
+        "left_atrium", [(4, 0), (8, 0)], ["own", "full"], tmp_path
+    )
+    assert len(settings) == 4
+    assert settings[4, 0, "full"] == settings[8, 0, "full"]
+    assert read_table(table)["experiment"].tolist() == [
+        "accuracy_left_atrium_4_set0_own",
+        "accuracy_left_atrium_all_set0_full",
+        "accuracy_left_atrium_8_set0_own",
+    ]
+
+
 @pytest.mark.parametrize("data", ["left_atrium", "hippocampus"])
 def test_all_experiments_are_valid_settings_on_the_same_cases_and_seed(
     accuracy, data, tmp_path, monkeypatch
