@@ -288,8 +288,10 @@ def run_workflow(
     command = [sys.executable, "-m", "snakemake", *sorted(targets)]
     command += ["--cores", str(arguments.cores), "--quiet", "rules"]
     command += ["--configfile", DATA[arguments.data].config]
-    # One thread a job: two trainings side by side are faster than one with two threads.
+    # One thread a job: two trainings side by side are faster than one with two threads, and a step
+    # that wants all cores would wait until no other has one.
     command += ["--set-threads", "train=1", "infer_pseudo_masks=1", "infer_test_masks=1"]
+    command += ["check_data=1", "plan=1", "preprocess=1"]
     command += ["--config", f"data_folder={arguments.data_folder.resolve()}"]
     command += [f"experiment=accuracy_{arguments.data}", f"experiments={table}"]
     subprocess.run(command, cwd=CLONE, check=True)
