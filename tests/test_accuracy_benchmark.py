@@ -158,10 +158,10 @@ def test_gain_gap_and_worst_case_by_hand(accuracy, stored):
     assert lines[4].endswith("|  | 10 |")
 
 
-def test_the_product_is_held_against_what_labels_alone_give(accuracy, stored):
+def test_products_are_held_against_what_labels_alone_give(accuracy, stored):
     lines = accuracy.bar_of(accuracy.standings_of(stored))
     # Worst cases: 74 - 70 and 66 - 60.
-    assert lines[2:] == ["| 3D, labels only | 0 1 | +3.0 (-9.7 to +15.7) | +5.0 |"]
+    assert lines[2:] == ["| 3D, co-trained | 3D, labels only | 0 1 | +3.0 (-9.7 to +15.7) | +5.0 |"]
 
 
 def test_masks_are_judged_by_the_truth_of_unlabelled_cases(accuracy, tmp_path, monkeypatch):
