@@ -361,11 +361,15 @@ def store(
                     "minutes": f"{spent:.2f}",
                 }
             )
-        if method.experiment not in PEERS:
+    # Of each experiment once, whatever the number of its methods: it opens every mask.
+    for experiment in dict.fromkeys(method.experiment for method in methods):
+        if experiment not in PEERS:
+            key = dict(zip(KEY, (data, *place, experiment), strict=True))
+            own = settings[*place, experiment]
             masks += [{**key, **row} for row in mask_qualities(own)]
     _replace_rows(STORED, pd.DataFrame(rows).astype(str))
     if masks:
-        _replace_rows(STORED_MASKS, pd.DataFrame(masks).astype(str).drop_duplicates())
+        _replace_rows(STORED_MASKS, pd.DataFrame(masks).astype(str))
 
 
 def mask_qualities(settings: Settings) -> list[dict[str, str]]:
@@ -601,12 +605,12 @@ def report(arguments: argparse.Namespace) -> None:
     for (data, labelled), rows in stored.groupby(["data", "labelled"], sort=False):
         title = f"{DATA[data].title}, {labelled} labelled"
         panels[title] = standings_of(rows)
-        taught = masks[(masks["data"] == data) & (masks["labelled"] == labelled)]
+        of_these = masks[(masks["data"] == data) & (masks["labelled"] == labelled)]
         parts += [f"### {title}", "", *table_of(panels[title]), "", *bar_of(panels[title]), ""]
         parts += [
             "Pseudo-masks *of* each network, and those it was taught by (*for*), unlabelled cases:",
             "",
-            *masks_table(taught),
+            *masks_table(of_these),
             "",
         ]
     page = CLONE / "docs" / "accuracy.md"

@@ -361,18 +361,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Check a data set and write its tables and page; raises InputError with all problems."""
     labels = labels_from(arguments.labels)
     table = read_cases(arguments.cases, arguments.data_folder)
-    cases = list(_all_examined(table, labels, jobs=arguments.jobs))
+    cases = list(all_examined(table, labels, jobs=arguments.jobs))
     problems = problems_of(cases, labels)
-    if problems:
-        shown = problems[:MAX_PROBLEMS_SHOWN]
-        more = (
-            f"\n  ... and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
-        )
-        raise InputError(
-            f"{len(problems)} problems in the data of {arguments.cases}; mend them and run again:"
-            + "".join(f"\n  - {problem}" for problem in shown)
-            + more
-        )
+    refuse(problems, where=f"the data of {arguments.cases}")
     warnings = warnings_of(cases)
     for warning in warnings:
         print(f"warning: {warning}")
@@ -393,7 +384,20 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{counts}: all sound, warnings: {len(warnings)}; see {out_dir / 'dataset_report.html'}")
 
 
-def _all_examined(table: pd.DataFrame, labels: Mapping[str, int], *, jobs: int) -> Iterator[Case]:
+def refuse(problems: Sequence[str], *, where: str) -> None:
+    """Raise InputError with the problems of some data, where there are any."""
+    if not problems:
+        return
+    shown = problems[:MAX_PROBLEMS_SHOWN]
+    more = f"\n  ... and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
+    raise InputError(
+        f"{len(problems)} problems in {where}; mend them and run again:"
+        + "".join(f"\n  - {problem}" for problem in shown)
+        + more
+    )
+
+
+def all_examined(table: pd.DataFrame, labels: Mapping[str, int], *, jobs: int) -> Iterator[Case]:
     """Yield every case of the table in its order, keeping a progress line on stderr."""
     room = {"labelled": MAX_LABELLED_PICTURES, "unlabelled": MAX_UNLABELLED_PICTURES, "test": 0}
     number_in_split = table.groupby("split").cumcount()

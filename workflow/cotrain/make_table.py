@@ -103,9 +103,21 @@ def with_splits(
     return cases.assign(split=split)[split.notna()][list(COLUMNS)]
 
 
+def add_image_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that `images_of` takes its arguments from."""
+    parser.add_argument("--images", type=Path, nargs="+", required=True, metavar="DIR")
+    parser.add_argument(
+        "--channel-suffix",
+        type=_suffixes,
+        default=[],
+        metavar="S,S",
+        help="what follows the case in image names, one a channel, e.g. _0000,_0001 (nnU-Net)",
+    )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `make-table`."""
-    parser.add_argument("--images", type=Path, nargs="+", required=True, metavar="DIR")
+    add_image_arguments(parser)
     parser.add_argument("--labels", type=Path, nargs="+", required=True, metavar="DIR")
     parser.add_argument("--out", type=Path, required=True, help="the table to write (.tsv)")
     parser.add_argument(
@@ -126,12 +138,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     test.add_argument(
         "--test-list", type=Path, metavar="FILE", help="test cases by name, one a line"
-    )
-    parser.add_argument(
-        "--channel-suffix",
-        default="",
-        metavar="S,S",
-        help="what follows the case in image names, one a channel, e.g. _0000,_0001 (nnU-Net)",
     )
     parser.add_argument(
         "--data-folder",
@@ -155,8 +161,9 @@ def run(arguments: argparse.Namespace) -> None:
         if not arguments.test_list.is_file():
             raise InputError(f"The test list {arguments.test_list} does not exist; correct it.")
         test_names = arguments.test_list.read_text().split()
-    suffixes = [suffix for suffix in arguments.channel_suffix.split(",") if suffix]
-    cases = images_and_labels(arguments.images, arguments.labels, channel_suffixes=suffixes)
+    cases = images_and_labels(
+        arguments.images, arguments.labels, channel_suffixes=arguments.channel_suffix
+    )
     table = with_splits(
         cases,
         labelled=arguments.labelled,
@@ -175,6 +182,11 @@ def run(arguments: argparse.Namespace) -> None:
         raise
     counts = [f"{(checked['split'] == split).sum()} {split}" for split in SPLITS]
     print(f"{arguments.out}: {', '.join(counts)}")
+
+
+def _suffixes(text: str) -> list[str]:
+    """Return the suffixes of a comma-separated list, for argparse."""
+    return [suffix for suffix in text.split(",") if suffix]
 
 
 def _count(text: str) -> int:
