@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cotrain.batches import BatchSource, Case, batches, seed_everything
+from cotrain.batches import BatchSource, Case, augmentation, batches, seed_everything
 from cotrain.masks import foreground_locations, write_soft
 from cotrain.nnunet import Planned, arrays_of
 from cotrain.slices import patch_of, slices_of
@@ -191,6 +191,25 @@ def test_the_audits_weight_is_the_chance_to_be_drawn(planned, labelled, unlabell
     assert shell_share([0, 5]) == 1
     # 160 draws with chance 3/4: the standard deviation is 0.034.
     assert shell_share([1, 3]) == pytest.approx(0.75, abs=0.1)
+
+
+@pytest.mark.parametrize(("mirroring", "directions"), [(True, {-1.0, 1.0}), (False, {1.0})])
+def test_patches_are_mirrored_along_each_axis_or_along_none(mirroring, directions, planned):
+    transforms, start = augmentation(planned.configuration("3d"), mirroring=mirroring)
+    for axis in range(3):
+        seen = set()
+        for seed in range(12):
+            seed_everything(seed)
+            shape = [size if each == axis else 1 for each, size in enumerate(start)]
+            rising = torch.linspace(-1, 1, int(start[axis])).view(1, *shape)
+            image = transforms(
+                image=rising.expand(1, *(int(size) for size in start)).clone(),
+                segmentation=torch.zeros((1, *(int(size) for size in start)), dtype=torch.int16),
+            )["image"][0]
+            half = image.shape[axis] // 2
+            low, high = image.narrow(axis, 0, half), image.narrow(axis, half, half)
+            seen.add(float(torch.sign(high.mean() - low.mean())))
+        assert seen == directions
 
 
 def test_nnunets_share_of_samples_is_aimed_at_foreground_in_any_place(planned, unlabelled):

@@ -46,6 +46,10 @@ def changed_stages(**changes):
         ({"labels": {"a": 0, "b": 1}}, "labels have the values [0, 1], wanted 1, 2, 3"),
         ({"labels": {"a": 1, "b": 1}}, "labels have the values [1, 1], wanted 1, 2, 3"),
         ({"recipe": "paper", "cotraining": 3}, "`cotraining` is 3: "),
+        (
+            {"inference": {"mirroring": True}, "training_3d": {"mirroring": False}},
+            "with training_3d.mirroring: false the network never learns from any",
+        ),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_remedy(content, sentence):
@@ -168,6 +172,7 @@ def test_a_rate_in_yamls_scientific_notation_is_a_number():
         ({"inference": {"mirroring": True}}, {"infer"}),
         ({"training_2d": {"warmup_epochs": 7}}, {"train_2d"}),
         ({"training_3d": {"weight_decay": 0}}, {"train_3d", "train_last"}),
+        ({"training_3d": {"mirroring": False}}, {"train_3d", "train_last"}),
         ({"cotraining": {"ema_decay": 0}}, {"train_2d", "train_3d", "train_last"}),
         ({"cotraining": {"last_epochs": 3}}, {"train_last"}),
         (

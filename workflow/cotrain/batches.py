@@ -56,10 +56,13 @@ def seed_everything(*words: int) -> None:
         torch.cuda.manual_seed_all(int(torch_seed))
 
 
-def augmentation(configuration, adjacent_slices: int = 0) -> tuple[object, np.ndarray]:
+def augmentation(
+    configuration, *, mirroring: bool = True, adjacent_slices: int = 0
+) -> tuple[object, np.ndarray]:
     """Return nnU-Net's training transforms of a configuration and the patch they start from.
 
-    adjacent_slices: of a slice, on each side, as further channels.
+    mirroring: at random along all axes. adjacent_slices: of a slice, on each side, as further
+    channels.
 
     The ranges are those of `nnUNetTrainer.configure_rotation_dummyDA_mirroring_and_inital_patch_
     size` (nnunetv2 2.8.1), which cannot be called without a trainer and its folders.
@@ -79,7 +82,7 @@ def augmentation(configuration, adjacent_slices: int = 0) -> tuple[object, np.nd
         patch_size,
         rotation,
         None,
-        tuple(range(dimensions)),
+        tuple(range(dimensions)) if mirroring else (),
         flat,
         use_mask_for_norm=[
             masked
@@ -118,6 +121,7 @@ class BatchSource(torch.utils.data.Dataset):
         counts: np.ndarray,
         seed: int,
         epoch: int,
+        mirroring: bool = True,
         place: Place | None = None,
     ) -> None:
         configuration = planned.configuration(network)
@@ -128,7 +132,9 @@ class BatchSource(torch.utils.data.Dataset):
         self.class_count = planned.class_count
         # nnU-Net then sets voxels outside the body to 0, which the stored segmentation marks.
         self.masks_image = any(configuration.use_mask_for_norm)
-        self.transforms, start = augmentation(configuration, self.adjacent_slices)
+        self.transforms, start = augmentation(
+            configuration, mirroring=mirroring, adjacent_slices=self.adjacent_slices
+        )
         self.labelled, self.unlabelled = labelled, unlabelled
         weights = np.array([case.weight for case in unlabelled])
         self.chances = weights / weights.sum() if unlabelled else weights

@@ -124,6 +124,12 @@ class Training(Section):
         "network when first_teacher is 2d: it co-trains from the start.",
     )
     epochs_per_round: int = Field(50, ge=1, description="Epochs of each co-training round.")
+    mirroring: bool = Field(
+        True,
+        description="Mirror patches at random along all axes, as nnU-Net does. Off (its "
+        "nnUNetTrainerNoMirroring), a network that need not know mirrored anatomy learns in fewer "
+        "steps.",
+    )
 
 
 class Sampling(Section):
@@ -311,6 +317,17 @@ class Settings(Section):
                 f"labels have the values {values}, wanted 1, 2, 3 ... without gaps (0 is the "
                 "background and is not listed); renumber the labels"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_that_mirrored_copies_were_learnt(self) -> "Settings":
+        for name, training in (("2d", self.training_2d), ("3d", self.training_3d)):
+            if self.inference.mirroring and not training.mirroring:
+                raise ValueError(
+                    "inference.mirroring averages over mirrored copies, but with "
+                    f"training_{name}.mirroring: false the network never learns from any; set both "
+                    "to true, or inference.mirroring to false"
+                )
         return self
 
     @model_validator(mode="after")

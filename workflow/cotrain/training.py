@@ -191,6 +191,7 @@ class Trainer:
             counts=counts,
             seed=self.stage.seed,
             epoch=self.epoch,
+            mirroring=self.stage.training.mirroring,
             place=self.place,
         )
         self.compiled.train()
