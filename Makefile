@@ -14,7 +14,8 @@ demo: $(VENV)/ready
 	@echo "Some minutes; in another window: $(BIN)/cotrain status demo"
 	$(RUN) cotrain make-demo-data --folder data/demo
 	$(RUN) snakemake --cores $(CORES) --configfile config/demo.yaml --quiet rules \
-		--set-threads train=1 infer_pseudo_masks=1 infer_test_masks=1
+		--set-threads train=1 infer_pseudo_masks=1 infer_test_masks=1 \
+		|| { $(BIN)/cotrain status demo; exit 1; }
 	@cat results/demo/summary/summary.txt
 	@echo
 	@echo "Look next: results/demo/summary/montage.png (one case through the rounds),"

@@ -111,11 +111,19 @@ def test_a_missing_column_is_named(tmp_path):
     assert "no column `split`, only case, image, label" in message
 
 
-def test_commas_in_a_tsv_are_told_apart_from_a_missing_column(tmp_path):
-    rows = [(",".join(row), "") for row in GOOD]
-    table = tmp_path / "cases.tsv"
-    table.write_text("\n".join(["case,image,label,split", *(row[0] for row in rows)]))
-    with pytest.raises(InputError, match=r"one column.*put tabs between"):
+@pytest.mark.parametrize(
+    ("name", "separator", "words"),
+    [
+        ("cases.tsv", ",", "has commas between its columns, wanted tabs"),
+        ("cases.tsv", ";", "has semicolons between its columns, wanted tabs"),
+        ("cases.csv", "\t", "has tabs between its columns, wanted commas"),
+    ],
+)
+def test_the_wrong_separator_is_told_apart_from_a_missing_column(name, separator, words, tmp_path):
+    table = tmp_path / name
+    rows = [("case", "image", "label", "split"), *GOOD]
+    table.write_text("\n".join(separator.join(row) for row in rows))
+    with pytest.raises(InputError, match=f"{name} {words}; save it as"):
         read_cases(table, None)
 
 

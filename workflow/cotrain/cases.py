@@ -100,12 +100,6 @@ def _missing_column(column: str, found: list[str], table: Path) -> str:
     near = difflib.get_close_matches(column, [name for name in found if name not in COLUMNS], n=1)
     if near:
         return f"{table} has no column `{column}` but has `{near[0]}`; rename that one."
-    if len(found) == 1:
-        separator = "commas" if table.suffix == ".csv" else "tabs"
-        return (
-            f"{table} has one column, `{found[0]}`, where {', '.join(COLUMNS)} were wanted; put "
-            f"{separator} between the columns (tabs in a .tsv, commas in a .csv)."
-        )
     return (
         f"{table} has no column `{column}`, only {', '.join(found)}; add it (the columns are "
         f"{', '.join(COLUMNS)})."

@@ -13,6 +13,8 @@ import pandas as pd
 
 from cotrain.errors import InputError
 
+SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
+
 
 def unique_prefix() -> str:
     """Return a prefix for unfinished files that no other process on any machine uses."""
@@ -60,7 +62,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
 
     Lines that start with # are comments; a # elsewhere is part of its cell.
 
-    Raises InputError where the file is missing.
+    Raises InputError where the file is missing, or separated by what its name does not say.
     """
     path = Path(path)
     if not path.is_file():
@@ -69,6 +71,12 @@ def read_table(path: str | Path) -> pd.DataFrame:
         )
     separator = "," if path.suffix == ".csv" else "\t"
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    there = [name for sign, name in SEPARATORS.items() if lines and sign in lines[0]]
+    if there and SEPARATORS[separator] not in there:
+        raise InputError(
+            f"{path} has {there[0]} between its columns, wanted {SEPARATORS[separator]}; save it "
+            "as UTF-8 text with tabs (.tsv) or commas (.csv)."
+        )
     return pd.read_csv(
         io.StringIO("\n".join(lines)), sep=separator, dtype=str, keep_default_na=False
     )
