@@ -98,6 +98,7 @@ def measure(experiment: Path, name: str, steps: int, patch_size: list[int]) -> d
             * 0,
             seed=0,
             epoch=0,
+            mirroring=training.training.mirroring,
         )
         trainer.compiled.train()
         seconds = []

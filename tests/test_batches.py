@@ -49,6 +49,7 @@ def source_of(planned, network, labelled, unlabelled, counts, *, epoch=0, seed=0
         counts=np.array(counts),
         seed=seed,
         epoch=epoch,
+        mirroring=True,
     )
 
 

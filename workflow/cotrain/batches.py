@@ -57,7 +57,7 @@ def seed_everything(*words: int) -> None:
 
 
 def augmentation(
-    configuration, *, mirroring: bool = True, adjacent_slices: int = 0
+    configuration, *, mirroring: bool, adjacent_slices: int = 0
 ) -> tuple[object, np.ndarray]:
     """Return nnU-Net's training transforms of a configuration and the patch they start from.
 
@@ -121,7 +121,7 @@ class BatchSource(torch.utils.data.Dataset):
         counts: np.ndarray,
         seed: int,
         epoch: int,
-        mirroring: bool = True,
+        mirroring: bool,
         place: Place | None = None,
     ) -> None:
         configuration = planned.configuration(network)
