@@ -36,7 +36,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cotrain.cases import labels_from
+from cotrain.cases import SPLITS, labels_from
 from cotrain.files import read_table, write_table, write_text
 from cotrain.nnunet import CONFIGURATIONS, Planned, nnunet_folders
 from cotrain.plan import DATASET_NAME
@@ -161,10 +161,11 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> Prepared:
     from_folder = [] if data_folder is None else ["--data-folder", data_folder]
     threads = ("--threads", prepared.threads)
     jobs = ("--jobs", prepared.threads)
-    cotrain(
-        *("check-data", "--cases", cases, *from_folder, "--labels", *labels),
-        *("--out-dir", folder / "cases", *jobs),
-    )
+    for split in SPLITS:
+        cotrain(
+            *("check-data", "--cases", cases, *from_folder, "--labels", *labels),
+            *("--list", split, "--out-dir", folder / "cases", *jobs),
+        )
     for split, limit in (("test", arguments.max_cases), ("unlabelled", 4)):
         some = read_table(prepared.cases(split)).head(limit)
         if some.empty:
@@ -182,7 +183,7 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> Prepared:
         *("plan", "--settings", plan_settings, "--cases", prepared.cases("labelled")),
         *("--out-dir", prepared.preprocessed, *jobs),
     )
-    for split in ("labelled", "unlabelled", "test"):
+    for split in SPLITS:
         cotrain(
             *("preprocess", *preprocessed, "--cases", prepared.cases(split), *jobs),
             *("--shard", 0, "--shards", 1, "--out-dir", prepared.preprocessed / split),

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from cotrain import make_table
-from cotrain.cases import labels_from, read_cases
+from cotrain.cases import cases_of, labels_from, read_cases
 from cotrain.errors import InputError
 
 CONFIG_CASES = Path(__file__).parents[1] / "config" / "cases"
@@ -51,6 +51,27 @@ def test_paths_start_from_the_tables_folder(tmp_path):
     assert list(cases["label"]) == [
         str(tmp_path / "a_label.nii.gz"), "", str(tmp_path / "c_label.nii.gz"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("split", "transductive", "listed"),
+    [
+        ("labelled", False, [("a", "a_label.nii.gz")]),
+        ("unlabelled", False, [("b", "")]),
+        ("test", False, [("c", "c_label.nii.gz")]),
+        # The label of a test case would give its true score away.
+        ("unlabelled", True, [("b", ""), ("c", "")]),
+        ("test", True, [("c", "c_label.nii.gz")]),
+    ],
+)
+def test_test_images_are_unlabelled_ones_too_where_the_pool_is_transductive(
+    tmp_path, split, transductive, listed
+):
+    rows = cases_of(read_cases(write(tmp_path, GOOD), None), split, transductive=transductive)
+    assert list(rows.columns) == ["case", "image", "label"]
+    assert list(zip(rows["case"], rows["label"], strict=True)) == [
+        (case, str(tmp_path / label) if label else "") for case, label in listed
+    ]
 
 
 def test_paths_start_from_the_data_folder_where_there_is_one(tmp_path):

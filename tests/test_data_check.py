@@ -1,4 +1,4 @@
-"""`check-data`: sound data give tables and a page; all problems of others come in one error."""
+"""`check-data`: sound data give a table and a page; all problems of others come in one error."""
 
 import argparse
 import os
@@ -68,10 +68,10 @@ class DataSet:
         data_check.run(parser.parse_args(arguments))
         return out_dir
 
-    def error(self, **options) -> str:
+    def error(self, *words: str, **options) -> str:
         with pytest.raises(InputError) as caught:
-            self.check(**options)
-        assert not (self.folder / "out").exists()
+            self.check(*words, **options)
+        assert not list((self.folder / "out").glob("*.*"))
         return str(caught.value)
 
 
@@ -95,22 +95,63 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_sound_data_give_one_table_a_split(data, tmp_path):
-    out_dir = data.check()
-    labelled = read_table(out_dir / "labelled.tsv")
-    assert list(labelled.columns) == ["case", "image", "label"]
-    assert list(labelled["case"]) == ["case0", "case1"]
-    assert labelled["image"][1] == str(tmp_path / "case1.nii.gz")
-    unlabelled = read_table(out_dir / "unlabelled.tsv")
-    assert list(unlabelled["label"]) == ["", str(tmp_path / "case3_label.nii.gz")]
-    assert list(read_table(out_dir / "test.tsv")["case"]) == ["case4", "case5"]
+@pytest.mark.parametrize(
+    ("split", "listed"),
+    [
+        ("labelled", ["case0", "case1"]),
+        ("unlabelled", ["case2", "case3"]),
+        ("test", ["case4", "case5"]),
+    ],
+)
+def test_the_list_of_a_split_is_written_alone(data, split, listed):
+    out_dir = data.check("--list", split)
+    assert [path.name for path in out_dir.glob("*.*")] == [f"{split}.tsv"]
+    rows = read_table(out_dir / f"{split}.tsv")
+    assert list(rows.columns) == ["case", "image", "label"]
+    assert list(rows["case"]) == listed
+    assert rows["image"][1] == str(data.folder / f"{listed[1]}.nii.gz")
 
 
-def test_a_data_set_without_test_cases_has_an_empty_test_table(data):
+def test_a_transductive_pool_has_the_test_images(data):
+    rows = read_table(data.check("--list", "unlabelled", "--transductive") / "unlabelled.tsv")
+    assert list(rows["case"]) == ["case2", "case3", "case4", "case5"]
+    assert list(rows["label"]) == ["", str(data.folder / "case3_label.nii.gz"), "", ""]
+
+
+def test_a_data_set_without_test_cases_has_an_empty_list_of_them(data):
     data.rows = data.rows[:4]
-    test = read_table(data.check() / "test.tsv")
+    test = read_table(data.check("--list", "test") / "test.tsv")
     assert list(test.columns) == ["case", "image", "label"]
     assert test.empty
+
+
+def test_a_list_is_refused_for_a_problem_in_another_split(data):
+    (data.folder / "case5.nii.gz").write_bytes(b"")
+    assert "case case5: " in data.error("--list", "labelled")
+
+
+def test_sound_files_are_opened_once_and_changed_ones_again(data, capsys):
+    def opened() -> str:
+        lines = capsys.readouterr().err.splitlines()
+        return lines[-1].split(" cases")[0] if lines else "checked none"
+
+    page = (data.check() / "dataset_report.html").read_text()
+    assert opened() == "checked 6/6"
+    assert (data.check() / "dataset_report.html").read_text() == page
+    assert opened() == "checked none"
+    data.write_image("case2", scale=2)
+    table = read_table(data.check() / "dataset.tsv")
+    assert opened() == "checked 1/1"
+    assert float(table["intensity_mean"][2]) == pytest.approx(200, abs=2)
+    # Another label to look for: all labels are read again.
+    data.check(labels=("liver=1", "lesion=2"))
+    assert opened() == "checked 6/6"
+    # What is wrong is looked at until it is mended.
+    (data.folder / "case4.nii.gz").write_bytes(b"")
+    for _ in range(2):
+        with pytest.raises(InputError, match="case case4: "):
+            data.check(labels=("liver=1", "lesion=2"))
+        assert opened() == "checked 1/1"
 
 
 def test_the_dataset_table_holds_geometry_intensities_and_volumes(data):
@@ -308,4 +349,4 @@ def test_the_benchmark_data_are_sound(tmp_path, folder, table, labels):
     words = ["--cases", str(cases), "--data-folder", str(Path(os.environ["COTRAIN_DATA"], folder))]
     words += ["--labels", *labels, "--out-dir", str(tmp_path)]
     data_check.run(parser.parse_args(words))
-    assert len(read_table(tmp_path / "labelled.tsv")) == 4
+    assert (read_table(tmp_path / "dataset.tsv")["split"] == "labelled").sum() == 4

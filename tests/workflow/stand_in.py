@@ -11,7 +11,7 @@ from pathlib import Path
 
 MODEL = "Dataset001_cotrain/nnUNetTrainer__nnUNetPlans__3d_fullres"
 MADE_IN_OUT_DIR = {
-    "check-data": "labelled.tsv unlabelled.tsv test.tsv dataset.tsv dataset_report.html",
+    "check-data": "dataset.tsv dataset_report.html",
     "plan": "plans.json dataset.json dataset_fingerprint.json",
     "preprocess": "manifest-{shard}.tsv",
     "train": "checkpoint.pth curve.csv provenance.json",
@@ -31,6 +31,8 @@ if "--out" in options:
     outputs = [Path(options["--out"])]
 else:
     names = MADE_IN_OUT_DIR[command].format(shard=options.get("--shard", "")).split()
+    if "--list" in options:
+        names = [f"{options['--list']}.tsv"]
     outputs = [Path(options["--out-dir"], name) for name in names]
 if command == "fetch-weights":
     outputs.append(Path(options["--out"]).with_suffix(".json"))

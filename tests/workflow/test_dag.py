@@ -172,7 +172,9 @@ def finished(finished_once: Path, tmp_path: Path) -> Path:
 def test_two_rounds_have_the_jobs_counted_by_hand(project: Path):
     assert planned(project).jobs == {
         "write_settings": 4,
-        "check_data": 1,
+        # a list for each split
+        "check_data": 3,
+        "describe_data": 1,
         "plan": 1,
         "preprocess": 3,
         "fetch_weights": 1,
@@ -237,7 +239,7 @@ def test_only_the_first_2d_training_gets_encoder_weights(project: Path):
 
 def test_a_transductive_pool_is_declared(project: Path):
     plan = planned(project, pool="transductive", shards=9)
-    assert "--transductive" in plan.of("check-data")[0]
+    assert all("--transductive" in each for each in plan.of("check-data"))
     assert "test images" in plan.of("summarise")[0]["--note"]
     # 4 unlabelled and 2 test images
     assert {each["--shards"] for each in plan.of("merge") if "teacher" in each["--out-dir"]} == {
@@ -551,6 +553,53 @@ def test_a_corrected_label_is_learnt_anew(finished: Path, finished_once: Path):
         os.utime(label, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert plan.jobs["preprocess"] > 0
     assert "cotrain/round-00/train_2d" in plan.trained()
+
+
+def test_an_added_unlabelled_case_retrains_what_it_teaches_and_no_control(finished: Path):
+    (finished / "more.nii.gz").touch()
+    with open(finished / "cases.tsv", "a") as table:
+        table.write(f"more\t{finished}/more.nii.gz\t\tunlabelled\n")
+    plan = planned(finished)
+    assert plan.trained() == {
+        "cotrain/round-00/train_3d",
+        "cotrain/round-01/train_2d",
+        "cotrain/round-01/train_3d",
+    }
+    # The test cases' list follows that of the unlabelled ones.
+    assert {each.get("--list") for each in plan.of("check-data")} == {"unlabelled", "test", None}
+    assert {Path(each["--cases"]).stem for each in plan.of("preprocess")} == {"unlabelled", "test"}
+
+
+def test_a_corrected_unlabelled_image_is_segmented_anew(finished: Path, finished_once: Path):
+    image = finished_once / "data/image_3.nii.gz"
+    before = image.stat()
+    image.write_text("corrected")
+    try:
+        plan = planned(finished)
+    finally:
+        image.write_text("")
+        os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert "results/tiny/cases/unlabelled.tsv" in {
+        each["--cases"] for each in plan.of("preprocess")
+    }
+    assert "cotrain/round-00/train_3d" in plan.trained()
+    assert "labels_only/round-00/train_3d" not in plan.trained()
+
+
+def test_an_added_test_case_retrains_nothing(finished: Path):
+    (finished / "more.nii.gz").touch()
+    with open(finished / "cases.tsv", "a") as table:
+        table.write(f"more\t{finished}/more.nii.gz\t\ttest\n")
+    plan = planned(finished)
+    assert plan.trained() == set()
+    assert plan.jobs["infer_test_masks"] == 7
+
+
+def test_a_comment_in_the_case_table_draws_its_page_again_and_no_more(finished: Path):
+    table = finished / "cases.tsv"
+    header, *rows = table.read_text().splitlines()
+    table.write_text("\n".join(["# sorted by hand", header, *rows]) + "\n")
+    assert planned(finished).jobs == {"describe_data": 1, "all": 1}
 
 
 def test_a_mistyped_verdict_is_refused(project: Path):

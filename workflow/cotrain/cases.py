@@ -47,6 +47,19 @@ def read_cases(
     return cases
 
 
+def cases_of(cases: pd.DataFrame, split: str, *, transductive: bool) -> pd.DataFrame:
+    """Return the columns case, image, label of a split's rows of a table from `read_cases`.
+
+    In a transductive pool test images count as unlabelled ones, too, but without their labels:
+    audits show true scores of unlabelled cases that have one.
+    """
+    rows = cases[cases["split"] == split]
+    if split == "unlabelled" and transductive:
+        test = cases[cases["split"] == "test"].assign(label="")
+        rows = pd.concat([rows, test])
+    return rows[["case", "image", "label"]].reset_index(drop=True)
+
+
 def check_files_exist(cases: pd.DataFrame, *, table: str | Path, data_folder: str | Path) -> None:
     """Look for every image and label of a table that `read_cases` returned.
 

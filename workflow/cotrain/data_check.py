@@ -1,7 +1,10 @@
-"""Command `check-data`: in, the user's case table; out, checked tables and a page about the data.
+"""Command `check-data`: in, the user's case table; out, the list of a split, or a page on the data.
 
-Every image and label is opened once. All problems are collected and end in one error; only sound
-data give `labelled.tsv`, `unlabelled.tsv`, `test.tsv`, `dataset.tsv` and `dataset_report.html`.
+Every image and label is opened. All problems, of all splits, are collected and end in one error;
+only sound data give `labelled.tsv`, `unlabelled.tsv` and `test.tsv`, each by a call of its own
+(`--list`), so that a case added to one of them is news to nobody else, and a last one gives
+`dataset.tsv` and `dataset_report.html`. What was found in sound files is kept in `work/`, and taken
+from there as long as the files have the same size and time of change.
 """
 
 import argparse
@@ -9,13 +12,15 @@ import base64
 import hashlib
 import html
 import io
+import json
 import math
+import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +29,9 @@ import nibabel
 import numpy as np
 import pandas as pd
 
-from cotrain.cases import COLUMNS, SPLITS, labels_from, read_cases
+from cotrain.cases import SPLITS, cases_of, labels_from, read_cases
 from cotrain.errors import InputError
-from cotrain.files import write_table, write_text
+from cotrain.files import write_json, write_table, write_text
 from cotrain.nifti import (
     check_image,
     check_same_grid,
@@ -86,7 +91,8 @@ class Case:
     intensities: list[dict[str, float]] = field(default_factory=list)
     volumes_ml: dict[str, float] | None = None
     unknown_values: dict[int, str] = field(default_factory=dict)
-    picture: Picture | None = None
+    drawn: dict[str, str] | None = None
+    """What a picture shows, `where`, and itself, `source`, as a data address."""
 
 
 def examined(task: tuple[dict[str, str], bool], *, labels: Mapping[str, int]) -> Case:
@@ -133,7 +139,8 @@ def examined(task: tuple[dict[str, str], bool], *, labels: Mapping[str, int]) ->
         case.voxels_hash = digest.hexdigest()
         if wants_picture:
             shown = values if case.split == "labelled" else None
-            case.picture = _picture(array, shown, affine, case.intensities[0])
+            picture = _picture(array, shown, affine, case.intensities[0])
+            case.drawn = {"where": picture.where, "source": _png(_slice_plot(picture, labels))}
     return case
 
 
@@ -282,7 +289,7 @@ def report_page(
     )
     noted = "".join(f"<li>{html.escape(warning)}</li>" for warning in warnings)
     drawn = {
-        split: [case for case in cases if case.split == split and case.picture] for split in SPLITS
+        split: [case for case in cases if case.split == split and case.drawn] for split in SPLITS
     }
     n_labelled = sum(case.split == "labelled" for case in cases)
     return f"""<!DOCTYPE html>
@@ -323,10 +330,10 @@ figure {{ margin: 0; }} figcaption {{ font-size: .8em; color: #555; overflow-wra
 <p class="note">The middle one of the slices with the most labels, across the axis with
 the largest voxels; right is on the right ({len(drawn["labelled"])} of {n_labelled}
 cases). {legend}</p>
-<div class="tiles">{"".join(_tile(case, labels) for case in drawn["labelled"])}</div>
+<div class="tiles">{"".join(map(_tile, drawn["labelled"]))}</div>
 <h2>Some unlabelled cases</h2>
 <p class="note">The middle slice. Test cases are not shown.</p>
-<div class="tiles">{"".join(_tile(case, labels) for case in drawn["unlabelled"])}</div>
+<div class="tiles">{"".join(map(_tile, drawn["unlabelled"]))}</div>
 </body>
 </html>
 """
@@ -351,23 +358,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--transductive",
         action="store_true",
-        help="say on the page that test images get pseudo-masks too; changes nothing else",
+        help="count test images, without their labels, as unlabelled ones, too, and say so",
+    )
+    parser.add_argument(
+        "--list",
+        choices=SPLITS,
+        help="write the list of this split; without it, the table of all cases and the page",
     )
     parser.add_argument("--out-dir", type=Path, required=True, help="folder for tables and page")
     parser.add_argument("--jobs", type=int, default=1, help="cases opened side by side")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Check a data set and write its tables and page; raises InputError with all problems."""
+    """Check a data set and write what is asked for; raises InputError with all problems."""
     labels = labels_from(arguments.labels)
     table = read_cases(arguments.cases, arguments.data_folder)
-    cases = list(all_examined(table, labels, jobs=arguments.jobs))
-    problems = problems_of(cases, labels)
-    refuse(problems, where=f"the data of {arguments.cases}")
+    out_dir = arguments.out_dir
+    cases = _known_or_examined(table, labels, out_dir / "work" / "found.json", jobs=arguments.jobs)
+    refuse(problems_of(cases, labels), where=f"the data of {arguments.cases}")
     warnings = warnings_of(cases)
     for warning in warnings:
         print(f"warning: {warning}")
-    out_dir = arguments.out_dir
+    if arguments.list:
+        rows = cases_of(table, arguments.list, transductive=arguments.transductive)
+        path = out_dir / f"{arguments.list}.tsv"
+        write_table(rows, path)
+        print(f"{len(cases)} cases are sound, warnings: {len(warnings)}; {len(rows)} are in {path}")
+        return
     write_table(dataset_table(cases, labels), out_dir / "dataset.tsv")
     page = report_page(
         cases,
@@ -377,11 +394,41 @@ def run(arguments: argparse.Namespace) -> None:
         transductive=arguments.transductive,
     )
     write_text(page, out_dir / "dataset_report.html")
-    for split in SPLITS:
-        rows = table.loc[table["split"] == split, list(COLUMNS[:3])]
-        write_table(rows, out_dir / f"{split}.tsv")
     counts = ", ".join(f"{(table['split'] == split).sum()} {split}" for split in SPLITS)
     print(f"{counts}: all sound, warnings: {len(warnings)}; see {out_dir / 'dataset_report.html'}")
+
+
+def _known_or_examined(
+    table: pd.DataFrame, labels: Mapping[str, int], kept: Path, *, jobs: int
+) -> list[Case]:
+    """Return every case of the table, in its order; open only what is not in the file `kept`."""
+    known = json.loads(kept.read_text()) if kept.is_file() else {}
+    tasks = _tasks_of(table)
+    stamps = [_stamp(*task, labels) for task in tasks]
+    new = [
+        task
+        for task, stamp in zip(tasks, stamps, strict=True)
+        if known.get(task[0]["case"], {}).get("stamp") != stamp
+    ]
+    found = {case.name: case for case in all_examined(new, labels, jobs=jobs)}
+    cases = [found.get(row["case"]) or Case(**known[row["case"]]["found"]) for row, _ in tasks]
+    # Problems are looked at again each time, so that their sentences are those of today's files.
+    sound = {
+        case.name: {"stamp": stamp, "found": asdict(case)}
+        for case, stamp in zip(cases, stamps, strict=True)
+        if not case.problems and not case.unknown_values
+    }
+    if new:
+        write_json(sound, kept)
+    return cases
+
+
+def _stamp(row: dict[str, str], wants_picture: bool, labels: Mapping[str, int]) -> str:
+    """Return a text that is another one where anything is that `examined` depends on."""
+    paths = [*row["image"].split(";"), *([row["label"]] if row["label"] else [])]
+    files = [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths]
+    kinds = [each.name for each in fields(Case)]
+    return json.dumps([row["split"], wants_picture, dict(labels), files, kinds])
 
 
 def refuse(problems: Sequence[str], *, where: str) -> None:
@@ -397,12 +444,18 @@ def refuse(problems: Sequence[str], *, where: str) -> None:
     )
 
 
-def all_examined(table: pd.DataFrame, labels: Mapping[str, int], *, jobs: int) -> Iterator[Case]:
-    """Yield every case of the table in its order, keeping a progress line on stderr."""
+def _tasks_of(table: pd.DataFrame) -> list[tuple[dict[str, str], bool]]:
+    """Return each row of the table, in its order, and whether to draw it."""
     room = {"labelled": MAX_LABELLED_PICTURES, "unlabelled": MAX_UNLABELLED_PICTURES, "test": 0}
     number_in_split = table.groupby("split").cumcount()
     wants_picture = number_in_split < table["split"].map(room)
-    tasks = list(zip(table.to_dict("records"), wants_picture, strict=True))
+    return list(zip(table.to_dict("records"), map(bool, wants_picture), strict=True))
+
+
+def all_examined(
+    tasks: Sequence[tuple[dict[str, str], bool]], labels: Mapping[str, int], *, jobs: int
+) -> Iterator[Case]:
+    """Yield the cases of all tasks in their order, keeping a progress line on stderr."""
     examine = partial(examined, labels=labels)
     if jobs == 1:
         yield from _with_progress(map(examine, tasks), len(tasks))
@@ -488,10 +541,9 @@ def _slice(array: np.ndarray, across: int, height: int) -> np.ndarray:
     return array[(slice(None),) * across + (height,)].T[::-1]
 
 
-def _tile(case: Case, labels: Mapping[str, int]) -> str:
-    """Return the figure element of a case that has a picture."""
-    caption = html.escape(f"{case.name}, {case.picture.where}")
-    source = _png(_slice_plot(case.picture, labels))
+def _tile(case: Case) -> str:
+    """Return the figure element of a case that was drawn."""
+    caption, source = html.escape(f"{case.name}, {case.drawn['where']}"), case.drawn["source"]
     return (
         f'<figure><img alt="{caption}" src="{source}"><figcaption>{caption}</figcaption></figure>'
     )

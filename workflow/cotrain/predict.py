@@ -61,7 +61,8 @@ def checked_table(arguments: argparse.Namespace, planned: Planned) -> pd.DataFra
         {"case": case, "image": ";".join(paths), "label": "", "split": "test"}
         for case, paths in channels_of.items()
     )
-    examined = all_examined(table, {}, jobs=arguments.threads)
+    tasks = [(row, False) for row in table.to_dict("records")]
+    examined = all_examined(tasks, {}, jobs=arguments.threads)
     refuse([problem for case in examined for problem in case.problems], where="the images")
     return table
 

@@ -5,12 +5,13 @@ in the paths. A network is *taught* in a round where it also learns from masks o
 """
 
 import asyncio
+import hashlib
 import json
 import os
 import shlex
 import socket
 
-from cotrain.cases import SPLITS, read_cases
+from cotrain.cases import SPLITS, cases_of, read_cases
 from cotrain.errors import InputError
 from cotrain.experiments import experiments_of
 from cotrain.files import read_table, write_json
@@ -40,23 +41,24 @@ def checked_settings():
 def checked_cases():
     """Return {experiment: {split: rows of results/<experiment>/cases/<split>.tsv}}.
 
-    Images in the transductive pool are unlabelled ones and test ones. Only the first reading looks
-    for the files: the jobs of a cluster need not ask the file system again.
+    Only the first reading looks for the files: the jobs of a cluster need not ask the file system
+    again.
     """
     cases = {}
     for experiment, settings in SETTINGS.items():
         table = read_cases(
             settings.cases, settings.data_folder, check_files=workflow.is_main_process
         )
-        rows = {split: table[table["split"] == split] for split in SPLITS}
+        transductive = settings.pool == "transductive"
+        rows = {
+            split: cases_of(table, split, transductive=transductive) for split in SPLITS
+        }
         channels = table["image"].iloc[0].count(";") + 1
         if channels != len(settings.channels):
             raise InputError(
                 f"{settings.cases} has {channels} image channels a case, `channels` names "
                 f"{len(settings.channels)} ({', '.join(settings.channels)}); name each channel once."
             )
-        if settings.pool == "transductive":
-            rows["unlabelled"] = table[table["split"] != "labelled"]
         if experiment in GROUPS and (rows["test"]["label"] == "").all():
             raise InputError(
                 f"{experiment} has no test case with a label, and cannot be compared; give it one "
@@ -188,6 +190,37 @@ def data_folder_of(wildcards):
     return str(settings.data_folder or settings.cases.parent)
 
 
+def transductive_or_not(wildcards):
+    """Return the option that counts test images as unlabelled ones, where the settings do."""
+    return "--transductive" if settings_of(wildcards).pool == "transductive" else ""
+
+
+def fingerprint_of(wildcards):
+    """Return a hash that is another one wherever the list of a split is, or an unlabelled image.
+
+    Corrected files of other splits are seen by Snakemake itself. The jobs of a cluster, whose hash
+    nobody compares, need not ask the file system.
+    """
+    rows = CASES[wildcards.experiment][wildcards.split]
+    told = rows.to_csv(index=False)
+    if wildcards.split == "unlabelled" and workflow.is_main_process:
+        found = [
+            os.stat(path) for channels in rows["image"] for path in channels.split(";")
+        ]
+        told += str([(each.st_size, each.st_mtime_ns) for each in found])
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def lists_of_cases(wildcards):
+    """Return the lists of all splits."""
+    return [f"results/{wildcards.experiment}/cases/{split}.tsv" for split in SPLITS]
+
+
+def list_before(wildcards):
+    """Return the list of the split before this one in labelled, unlabelled, test."""
+    return lists_of_cases(wildcards)[: SPLITS.index(wildcards.split)][-1:]
+
+
 def has_test_cases(experiment):
     """Return whether anything can be evaluated: test cases with a label."""
     return (CASES[experiment]["test"]["label"] != "").any()
@@ -209,7 +242,8 @@ def manifests_in(folder, experiment, split):
 def files_of(experiment, split):
     """Return the images and labels of a split, to run again what a corrected file went into.
 
-    Not those of unlabelled cases: their number is not bounded, and each job would ask for all.
+    Not those of unlabelled cases: their number is not bounded, and each job would ask for all. A
+    change of theirs is seen by `fingerprint_of`.
     """
     if split == "unlabelled":
         return []
@@ -574,7 +608,7 @@ def everything_asked_for(wildcards):
     files = []
     for experiment in SETTINGS:
         files += [
-            f"results/{experiment}/cases/dataset_report.html",
+            *expand(rules.describe_data.output, experiment=experiment),
             *expand(rules.summarise.output, experiment=experiment),
             *expand(rules.draw_montage.output, experiment=experiment),
             *expand(rules.export.output, experiment=experiment),

@@ -19,15 +19,55 @@ rule write_settings:
 
 
 rule check_data:
-    """Open every image and label, list all problems, and report on the data set."""
+    """Open every image and label, list all problems; if there are none, list the cases of a split.
+
+    A split's list is made anew where it changes itself, or the one before it: labelled, unlabelled,
+    test. So a scan added to the unlabelled ones does not train the control again.
+    """
+    input:
+        before=list_before,
+        files=lambda wildcards: files_of(wildcards.experiment, wildcards.split),
+    output:
+        cases="results/{experiment}/cases/{split}.tsv",
+    log:
+        "logs/{experiment}/cases/check_data_{split}.log",
+    benchmark:
+        "benchmarks/{experiment}/cases/check_data_{split}.tsv"
+    priority: 1
+    conda:
+        "../../envs/cotrain.yaml"
+    threads: 4
+    resources:
+        mem_mb=memory(4000),
+        runtime=120,
+    params:
+        # Tells Snakemake that the list is another one; the table itself may hold other news.
+        listed=fingerprint_of,
+        table=lambda wildcards: str(settings_of(wildcards).cases),
+        data_folder=data_folder_of,
+        labels=labels_of,
+        transductive=transductive_or_not,
+        out_dir=subpath(output.cases, parent=True),
+    shell:
+        r"""
+        cotrain check-data \
+            --cases {params.table:q} \
+            --data-folder {params.data_folder:q} \
+            --labels {params.labels:q} \
+            --list {wildcards.split} \
+            --out-dir {params.out_dir:q} \
+            --jobs {threads} \
+            {params.transductive} \
+            >{log:q} 2>&1
+        """
+
+
+rule describe_data:
+    """Report on the data set: geometry, intensities, volumes, pictures and warnings."""
     input:
         cases=lambda wildcards: str(settings_of(wildcards).cases),
-        labelled_files=lambda wildcards: files_of(wildcards.experiment, "labelled"),
-        test_files=lambda wildcards: files_of(wildcards.experiment, "test"),
+        lists=lists_of_cases,
     output:
-        labelled="results/{experiment}/cases/labelled.tsv",
-        unlabelled="results/{experiment}/cases/unlabelled.tsv",
-        test="results/{experiment}/cases/test.tsv",
         table="results/{experiment}/cases/dataset.tsv",
         page=report(
             "results/{experiment}/cases/dataset_report.html",
@@ -36,21 +76,20 @@ rule check_data:
             labels={"experiment": "{experiment}", "file": "data set"},
         ),
     log:
-        "logs/{experiment}/cases/check_data.log",
+        "logs/{experiment}/cases/describe_data.log",
     benchmark:
-        "benchmarks/{experiment}/cases/check_data.tsv"
+        "benchmarks/{experiment}/cases/describe_data.tsv"
+    priority: 1
     conda:
         "../../envs/cotrain.yaml"
-    threads: 4
+    threads: 1
     resources:
         mem_mb=memory(4000),
-        runtime=120,
+        runtime=60,
     params:
         data_folder=data_folder_of,
         labels=labels_of,
-        transductive=lambda wildcards: (
-            "--transductive" if settings_of(wildcards).pool == "transductive" else ""
-        ),
+        transductive=transductive_or_not,
         out_dir=subpath(output.table, parent=True),
     shell:
         r"""
