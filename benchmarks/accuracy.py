@@ -499,7 +499,7 @@ def table_of(standings: list[Standing]) -> list[str]:
             _spread(100 * sets["jaccard"]),
             _spread(sets["hd95_mm"], digits=2),
             _spread(sets["asd_mm"], digits=2),
-            _gain(standing, named.get(BASELINE)),
+            _over(standing, named.get(BASELINE)),
             _gap(standing, named.get(BASELINE), named.get(BOUND)),
             f"{sets['minutes'].mean():.0f}",
         ]
@@ -519,12 +519,19 @@ def bar_of(standings: list[Standing]) -> list[str]:
             sets = product.sets.index.intersection(other.sets.index)
             if sets.empty:
                 continue
-            worst = 100 * (product.sets["worst"] - other.sets["worst"])[sets]
+            worst = [100 * each.sets["worst"] for each in (product, other)]
             lines.append(
                 f"| {product.method.words} | {other.method.words} | {' '.join(map(str, sets))} "
-                f"| {_gain(product, other)} | {worst.mean():+.1f} |"
+                f"| {_gain(product.dice, other.dice)} | {_gain(*worst)} |"
             )
     return lines
+
+
+def _over(standing: Standing, baseline: Standing | None) -> str:
+    """Return the gain over the baseline; nothing where it is missing, or the method itself."""
+    if baseline is None or baseline.method == standing.method:
+        return ""
+    return _gain(standing.dice, baseline.dice)
 
 
 def _spread(values: pd.Series, *, digits: int = 1) -> str:
@@ -532,14 +539,12 @@ def _spread(values: pd.Series, *, digits: int = 1) -> str:
     return text + (f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else "")
 
 
-def _gain(standing: Standing, baseline: Standing | None) -> str:
-    """Return the gain over the baseline, paired by the sets that both have."""
-    if baseline is None or baseline.method == standing.method:
-        return ""
-    both = standing.dice.index.intersection(baseline.dice.index)
+def _gain(values: pd.Series, others: pd.Series) -> str:
+    """Return the gain of values over others, both by set, paired by the sets that both have."""
+    both = values.index.intersection(others.index)
     if both.empty:
         return ""
-    gain = paired_gain(standing.dice[both], baseline.dice[both])
+    gain = paired_gain(values[both], others[both])
     if gain.cases == 1:
         return f"{gain.mean:+.1f}"
     text = f"{gain.mean:+.1f} ({gain.low:+.1f} to {gain.high:+.1f})"
@@ -547,13 +552,16 @@ def _gain(standing: Standing, baseline: Standing | None) -> str:
 
 
 def _gap(standing: Standing, baseline: Standing | None, bound: Standing | None) -> str:
-    """Return (x - labels only) / (all labels - labels only) in %, over the sets that all have."""
+    """Return (x - labels only) / (all labels - labels only) in %, over the sets of both x's.
+
+    All labels are the same cases whichever set is labelled, so that their mean is over seeds.
+    """
     if baseline is None or bound is None or standing.method in (BASELINE, BOUND):
         return ""
-    sets = standing.dice.index.intersection(baseline.dice.index).intersection(bound.dice.index)
+    sets = standing.dice.index.intersection(baseline.dice.index)
     if sets.empty:
         return ""
-    low, high = baseline.dice[sets].mean(), bound.dice[sets].mean()
+    low, high = baseline.dice[sets].mean(), bound.dice.mean()
     return f"{100 * (standing.dice[sets].mean() - low) / (high - low):.0f} %"
 
 
