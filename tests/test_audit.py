@@ -191,7 +191,14 @@ def test_an_empty_mask_is_not_learnt_unless_a_person_accepts_it(audit, masks):
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
-        (verdict("flipped_u", "delete"), "the verdict is 'delete', wanted one of accept, exclude"),
+        (
+            verdict("flipped_u", "delete"),
+            "the column `verdict` has 'delete', wanted one of accept, ex",
+        ),
+        (
+            verdict("flipped_u", "exclude", masks="pseudo2d"),
+            "has 'pseudo2d', wanted one of pseudo_2d",
+        ),
         (verdict("fliped_u", "exclude"), "judges the case 'fliped_u', which is not among"),
         (verdict("flipped_u", "replace", "none.nii.gz"), "'none.nii.gz' does not exist"),
         (verdict("flipped_u", "replace"), "'' does not exist"),
@@ -204,7 +211,7 @@ def test_a_review_that_cannot_be_followed_is_refused(audit, row, sentence):
 def test_a_review_without_a_column_is_refused(audit, tmp_path):
     (tmp_path / "short.tsv").write_text("case\tround\tverdict\n")
     message = audit(more=("--review", tmp_path / "short.tsv"))
-    assert "lacks the columns ['masks', 'mask']" in message
+    assert "lacks the columns masks, mask; wanted case, round" in message
 
 
 def test_a_soft_mask_that_changed_after_the_audit_is_not_learnt(audit, masks, tiny, tmp_path):

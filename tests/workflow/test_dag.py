@@ -712,7 +712,7 @@ def test_overlapping_splits_are_named(project: Path):
 def test_a_review_table_without_a_column_is_refused(project: Path):
     (project / "review.tsv").write_text("case\tverdict\ncase_3\texclude\n")
     text = refused(project, settings_file(project, review="review.tsv"))
-    assert "review.tsv has no column `round`" in text
+    assert "review.tsv lacks the columns round, masks, mask; wanted" in text
 
 
 def test_without_a_configfile_the_ready_ones_are_named(project: Path):

@@ -17,6 +17,7 @@ from cotrain.errors import InputError
 from cotrain.files import read_table, sha256_of, write_table
 from cotrain.nifti import check_same_grid, read_labels, voxel_volume_ml
 from cotrain.nnunet import Planned
+from cotrain.review import read_review
 
 COLUMNS = [
     "case",
@@ -30,42 +31,6 @@ COLUMNS = [
     "volume_ml",
     "truth_dice",
 ]
-REVIEW_COLUMNS = ["case", "round", "masks", "verdict", "mask"]
-VERDICTS = ("accept", "exclude", "replace")
-
-
-def read_review(path: Path | None, cases: set[str]) -> pd.DataFrame:
-    """Return a person's verdicts with columns REVIEW_COLUMNS and others; none where `path` is None.
-
-    Raises InputError on a missing column, an unknown verdict or case, or a replacement without an
-    existing mask file.
-    """
-    if path is None:
-        return pd.DataFrame(columns=REVIEW_COLUMNS)
-    review = read_table(path)
-    missing = [name for name in REVIEW_COLUMNS if name not in review]
-    if missing:
-        raise InputError(
-            f"{path} lacks the columns {missing}; its header must be {' '.join(REVIEW_COLUMNS)}, "
-            "separated by tabs."
-        )
-    for row in review.to_dict("records"):
-        if row["verdict"] not in VERDICTS:
-            raise InputError(
-                f"{path}, case {row['case']}: the verdict is {row['verdict']!r}, wanted one of "
-                f"{', '.join(VERDICTS)}; correct it."
-            )
-        if row["case"] not in cases:
-            raise InputError(
-                f"{path} judges the case {row['case']!r}, which is not among the unlabelled "
-                "cases; correct its name."
-            )
-        if row["verdict"] == "replace" and not Path(row["mask"]).is_file():
-            raise InputError(
-                f"{path}, case {row['case']}: the corrected mask {row['mask']!r} does not exist; "
-                "give the path of a new file beside the original."
-            )
-    return review
 
 
 def verdict_on(case: str, sources: list[str], review: pd.DataFrame) -> dict | None:

@@ -14,7 +14,8 @@ import socket
 from cotrain.cases import SPLITS, cases_of, read_cases
 from cotrain.errors import InputError
 from cotrain.experiments import experiments_of
-from cotrain.files import read_table, write_json
+from cotrain.files import write_json
+from cotrain.review import read_review
 from cotrain.settings import as_yaml
 from cotrain.slurm import cancel, jobs_left_behind
 from cotrain.workfolder import may_live, owner_here
@@ -87,45 +88,18 @@ def all_rounds_of(experiment):
 
 def checked_reviews():
     """Return {experiment: a person's verdicts, as rows}; none where there is no review table."""
-    reviews = {experiment: [] for experiment in SETTINGS}
+    reviews = {}
     for experiment, settings in SETTINGS.items():
-        if settings.review:
-            table = read_table(settings.review)
-            for name in ("case", "round", "masks", "verdict", "mask"):
-                if name not in table:
-                    raise InputError(
-                        f"{settings.review} has no column `{name}`, which a verdict needs; add it "
-                        "(see results/README.md)."
-                    )
-            reviews[experiment] = table.to_dict("records")
-            allowed = {
-                "case": set(CASES[experiment]["unlabelled"]["case"]),
-                "round": {
-                    name
-                    for round in all_rounds_of(experiment)
-                    for name in (round, str(int(round)))
-                },
-                "masks": {"pseudo_2d", "pseudo_3d", "teacher_2d", "teacher_3d"},
-                "verdict": {"accept", "exclude", "replace"},
-            }
-            for row in reviews[experiment]:
-                for name, values in allowed.items():
-                    if row[name] not in values:
-                        wanted = (
-                            ", ".join(sorted(values)[:6])
-                            if len(values) < 200
-                            else "a case"
-                        )
-                        raise InputError(
-                            f"{settings.review} has {row[name]!r} in the column `{name}`, wanted "
-                            f"one of {wanted} ...; correct it, or the verdict would go unheard."
-                        )
-                # Snakemake takes a missing input for one that is not needed any more.
-                if row["verdict"] == "replace" and not os.path.isfile(row["mask"]):
-                    raise InputError(
-                        f"{settings.review}, case {row['case']}: the corrected mask {row['mask']!r} "
-                        f"does not exist in {os.getcwd()}; give the path of a new file."
-                    )
+        cases = set(CASES[experiment]["unlabelled"]["case"])
+        reviews[experiment] = read_review(settings.review, cases).to_dict("records")
+        rounds = all_rounds_of(experiment)
+        for row in reviews[experiment]:
+            if row["round"].zfill(2) not in rounds:
+                raise InputError(
+                    f"{settings.review}, case {row['case']}: there is no round {row['round']!r}, "
+                    f"wanted one of {', '.join(rounds)}; correct it, or the verdict would go "
+                    "unheard."
+                )
     return reviews
 
 

@@ -1,0 +1,52 @@
+"""A person's review of masks: in, a table of verdicts; out, its rows, which can be followed.
+
+Imported by the Snakefile, so nothing heavier than pandas is imported here.
+"""
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+import pandas as pd
+
+from cotrain.errors import InputError
+from cotrain.files import read_table
+
+COLUMNS = ["case", "round", "masks", "verdict", "mask"]
+MASKS = ("pseudo_2d", "pseudo_3d", "teacher_2d", "teacher_3d")
+VERDICTS = ("accept", "exclude", "replace")
+
+
+def read_review(path: Path | None, cases: Collection[str]) -> pd.DataFrame:
+    """Return a person's verdicts with COLUMNS and others, all text; none where `path` is None.
+
+    cases: the unlabelled ones. Raises InputError on a missing column, on a case, masks or verdict
+    that there is not, or on a replacement without an existing mask file.
+    """
+    if path is None:
+        return pd.DataFrame(columns=COLUMNS)
+    review = read_table(path)
+    missing = [name for name in COLUMNS if name not in review]
+    if missing:
+        raise InputError(
+            f"{path} lacks the columns {', '.join(missing)}; wanted {', '.join(COLUMNS)} (see "
+            "results/README.md)."
+        )
+    for row in review.to_dict("records"):
+        if row["case"] not in cases:
+            raise InputError(
+                f"{path} judges the case {row['case']!r}, which is not among the unlabelled "
+                "cases; correct its name."
+            )
+        for column, known in (("masks", MASKS), ("verdict", VERDICTS)):
+            if row[column] not in known:
+                raise InputError(
+                    f"{path}, case {row['case']}: the column `{column}` has {row[column]!r}, "
+                    f"wanted one of {', '.join(known)}; correct it, or it would go unheard."
+                )
+        if row["verdict"] == "replace" and not os.path.isfile(row["mask"]):
+            raise InputError(
+                f"{path}, case {row['case']}: the corrected mask {row['mask']!r} does not exist in "
+                f"{os.getcwd()}; give the path of a new file beside the original."
+            )
+    return review
