@@ -200,6 +200,27 @@ def test_the_status_has_a_line_per_arm_and_round(experiment, capsys):
     assert f"logs: {experiment / 'logs/demo'}" in text
 
 
+def test_what_the_last_command_set_out_to_make_again_is_outdated(experiment):
+    folder = experiment / "results/demo"
+    again = ["cotrain/round-00/train_3d", "cotrain/round-00/pseudo_3d", "cotrain/round-00/test_3d"]
+    notice = write(
+        experiment / ".snakemake/command-demo.json",
+        json.dumps({"sets_out_to_make": [f"results/demo/{each}" for each in again]}),
+    )
+
+    def first_line() -> str:
+        text = status_text(folder, benchmarks=experiment / "b", logs=experiment / "l", now=NOW)
+        return re.sub(r"  +", " | ", text.splitlines()[3]).removeprefix("co-trained | 00 | ")
+
+    os.utime(notice, (NOW + 60, NOW + 60))
+    # Test masks are outdated in one of two stages.
+    assert first_line().startswith("done | done | outdated | outdated | outdated | ")
+    os.utime(folder / f"{again[0]}/checkpoint.pth", (NOW + 120, NOW + 120))
+    assert first_line().startswith("done | done | done | outdated | outdated | ")
+    (folder / f"{again[1]}/manifest-0.tsv").unlink()
+    assert first_line().startswith("done | done | done | waiting | outdated | ")
+
+
 def test_a_control_waits_for_no_round_00_that_it_shares_whole(experiment):
     folder = experiment / "results/demo"
     write(

@@ -4,6 +4,7 @@ Jobs are read from `snakemake -n`. Finished runs are made with a stand-in for th
 that writes the declared outputs: what is tested here is the workflow, not the commands.
 """
 
+import json
 import os
 import re
 import shlex
@@ -533,6 +534,22 @@ def test_a_changed_3d_learning_rate_reruns_3d_and_what_follows(finished: Path):
         "cotrain/round-01/train_2d",
         "cotrain/round-01/train_3d",
     }
+
+
+def test_a_command_notes_what_it_sets_out_to_make_again(finished: Path):
+    config = settings_file(finished, training_3d__learning_rate=0.0007)
+    ran = snakemake(finished, "--cores", "2", "--configfile", str(config))
+    assert ran.returncode == 0, ran.stderr
+    noted = json.loads((finished / ".snakemake/command-tiny.json").read_text())["sets_out_to_make"]
+    assert {each.removeprefix("results/tiny/") for each in noted if "/train_" in each} == {
+        "cotrain/round-00/train_3d",
+        "cotrain/round-01/train_2d",
+        "cotrain/round-01/train_3d",
+        "labels_only/round-00/train_3d",
+        "labels_only/round-01/train_3d",
+    }
+    assert "results/tiny/cotrain/round-00/pseudo_3d" in noted
+    assert "results/tiny/cotrain/round-00/pseudo_2d" not in noted
 
 
 def test_a_comment_in_the_configfile_changes_nothing(finished_once: Path):

@@ -5,6 +5,7 @@ asked at any time. A stage is
 
 - done, when what it declares is there: `checkpoint.pth` of a training; of a mask set, manifests
   with as many rows as its case table;
+- outdated, when it is done and older than the last command, which set out to make it again;
 - failed, when its `work/` folder holds an error; the first line is printed;
 - running, when the process that holds the lock in `work/` may be alive: for certain on its own
   machine, elsewhere by its heartbeat of the last 10 minutes and by SLURM's account;
@@ -41,7 +42,10 @@ COLUMNS = ("train_2d", "pseudo_2d", "train_3d", "pseudo_3d", "test")
 
 
 class State(NamedTuple):
-    """How far a stage is: `done`, `failed`, `running`, `interrupted`, `partly` or `waiting`."""
+    """How far a stage is.
+
+    kind: `done`, `outdated`, `failed`, `running`, `interrupted`, `partly` or `waiting`.
+    """
 
     kind: str
     detail: str = ""
@@ -56,21 +60,26 @@ class State(NamedTuple):
 # ----------------------------------------------------------------------------------- stages
 
 
-def stage_state(folder: Path, *, cases: int | None, now: float) -> State:
+def stage_state(
+    folder: Path, *, cases: int | None, now: float, outdated_before: float = 0
+) -> State:
     """Return how far the stage of `folder` is at the Unix time `now`.
 
-    `cases` is the number of masks that a mask set will have, None where it is not known yet: then
-    one manifest counts as all.
+    cases: the number of masks that a mask set will have, None where it is not known yet: then one
+    manifest counts as all.
+    outdated_before: Unix time; what was finished before it will be made again.
     """
+    finished = 0
     if folder.name.startswith("train_"):
-        if (folder / "checkpoint.pth").is_file():
-            return State("done")
-        finished = 0
+        made = [path for path in [folder / "checkpoint.pth"] if path.is_file()]
+        whole = bool(made)
     else:
-        manifests = sorted(folder.glob("manifest-*.tsv"))
-        finished = sum(len(read_table(manifest)) for manifest in manifests)
-        if manifests and finished >= (cases or 0):
-            return State("done")
+        made = sorted(folder.glob("manifest-*.tsv"))
+        finished = sum(len(read_table(manifest)) for manifest in made)
+        whole = bool(made) and finished >= (cases or 0)
+    if whole:
+        oldest = min(path.stat().st_mtime for path in made)
+        return State("outdated" if oldest < outdated_before else "done")
     work = folder / "work"
     errors = _whole_files(work, "*error.txt")
     if errors:
@@ -92,7 +101,7 @@ def stage_state(folder: Path, *, cases: int | None, now: float) -> State:
 
 def joined_state(states: list[State]) -> State:
     """Return one state for several stages: the one that needs a person most, else the count."""
-    for kind in ("failed", "running", "interrupted", "partly"):
+    for kind in ("failed", "running", "interrupted", "partly", "outdated"):
         for state in states:
             if state.kind == kind:
                 return state
@@ -177,9 +186,13 @@ def status_text(folder: Path, *, benchmarks: Path, logs: Path, now: float) -> st
     """Return the status of the experiment whose results are in `folder`."""
     cases = {split: _rows_of(folder / f"cases/{split}.tsv") for split in ("unlabelled", "test")}
     rounds = sorted(folder.glob("*/round-[0-9]*"), key=_running_order)
+    outdated_before = _set_out_to_make(folder)
     states = {
         stage: stage_state(
-            stage, cases=cases["test" if stage.name.startswith("test_") else "unlabelled"], now=now
+            stage,
+            cases=cases["test" if stage.name.startswith("test_") else "unlabelled"],
+            now=now,
+            outdated_before=outdated_before.get(stage, 0),
         )
         for round_folder in rounds
         for stage in _stages_of(round_folder, tested=cases["test"] != 0)
@@ -234,6 +247,16 @@ def _running_line(stage: Path, folder: Path, state: State, *, logs: Path, now: f
         shard = step.removeprefix("shard") if step.startswith("shard") else ""
         lines.append(f"    {where}; log: {logs / name}{shard}.log")
     return "\n".join(lines)
+
+
+def _set_out_to_make(folder: Path) -> dict[Path, float]:
+    """Return the folders in which the last command set out to make files, and when it began."""
+    notice = folder.parents[1] / ".snakemake" / f"command-{folder.name}.json"
+    if not notice.is_file():
+        return {}
+    began = notice.stat().st_mtime
+    folders = json.loads(notice.read_text()).get("sets_out_to_make", [])
+    return {folder.parents[1] / each: began for each in folders}
 
 
 def _rows_of(table: Path) -> int | None:

@@ -596,6 +596,18 @@ def everything_asked_for(wildcards):
     return files
 
 
+def folders_to_make(experiment):
+    """Return the folders in which this command will make files: what is there now is outdated."""
+    return sorted(
+        {
+            os.path.dirname(path)
+            for job in workflow.dag.needrun_jobs()
+            for path in job.output
+            if path.startswith(f"results/{experiment}/")
+        }
+    )
+
+
 def take_over_from_a_dead_command():
     """Cancel jobs in the cluster's queue that a command in this folder left behind.
 
@@ -612,7 +624,7 @@ def take_over_from_a_dead_command():
                     f"Another command for {name} runs in this folder (process {other['pid']}); "
                     "wait for its end, or end it and type this again."
                 )
-        write_json(owner_here(), notice)
+        write_json({**owner_here(), "sets_out_to_make": folders_to_make(name)}, notice)
     if workflow.executor_plugin.common_settings.non_local_exec:
         jobs = jobs_left_behind(os.getcwd(), names)
         if jobs:
