@@ -212,10 +212,12 @@ def test_what_the_last_command_set_out_to_make_again_is_outdated(experiment):
         text = status_text(folder, benchmarks=experiment / "b", logs=experiment / "l", now=NOW)
         return re.sub(r"  +", " | ", text.splitlines()[3]).removeprefix("co-trained | 00 | ")
 
-    os.utime(notice, (NOW + 60, NOW + 60))
+    # The files above were just written; NOW was read when the tests were collected.
+    later = time.time() + 60
+    os.utime(notice, (later, later))
     # Test masks are outdated in one of two stages.
     assert first_line().startswith("done | done | outdated | outdated | outdated | ")
-    os.utime(folder / f"{again[0]}/checkpoint.pth", (NOW + 120, NOW + 120))
+    os.utime(folder / f"{again[0]}/checkpoint.pth", (later + 60, later + 60))
     assert first_line().startswith("done | done | done | outdated | outdated | ")
     (folder / f"{again[1]}/manifest-0.tsv").unlink()
     assert first_line().startswith("done | done | done | waiting | outdated | ")
