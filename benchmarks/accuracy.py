@@ -119,7 +119,7 @@ DATA = {
         "Left atrium", "config/left_atrium_4.yaml", "config/cases/left_atrium_4.tsv", 0.56
     ),
     "hippocampus": Data(
-        "Hippocampus", "config/hippocampus_4.yaml", "config/cases/hippocampus_4.tsv", 0.5
+        "Hippocampus", "config/hippocampus_4.yaml", "config/cases/hippocampus_4.tsv", 0.39
     ),
 }
 
