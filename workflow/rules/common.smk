@@ -172,12 +172,12 @@ def transductive_or_not(wildcards):
 def fingerprint_of(wildcards):
     """Return a hash that is another one wherever the list of a split is, or an unlabelled image.
 
-    Corrected files of other splits are seen by Snakemake itself. The jobs of a cluster, whose hash
-    nobody compares, need not ask the file system.
+    Corrected files of other splits are seen by Snakemake itself. On a cluster it is asked for where
+    the command was typed, and in jobs that check the data.
     """
     rows = CASES[wildcards.experiment][wildcards.split]
     told = rows.to_csv(index=False)
-    if wildcards.split == "unlabelled" and workflow.is_main_process:
+    if wildcards.split == "unlabelled":
         found = [
             os.stat(path) for channels in rows["image"] for path in channels.split(";")
         ]
