@@ -78,6 +78,10 @@ def test_the_literal_command_runs_everything(planned_project, cluster, tmp_path)
     assert sum("rule_infer_pseudo_masks" in job["Comment"] for job in jobs) == 2 * 2
     # What SLURM said is kept for failed jobs only.
     assert not list(folder.glob(".snakemake/slurm_logs/**/*.log"))
+    # What a job wrote down of itself is what the next command asks for.
+    assert "Nothing to be done" not in project.said()
+    project.run()
+    assert "Nothing to be done" in project.said()
 
 
 def test_shards_run_as_tasks_of_a_job_array(project, undisturbed):
