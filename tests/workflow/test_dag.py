@@ -559,15 +559,19 @@ def test_a_comment_in_the_configfile_changes_nothing(finished_once: Path):
     assert "Nothing to be done" in ran.stdout + ran.stderr
 
 
-def test_a_corrected_label_is_learnt_anew(finished: Path, finished_once: Path):
-    label = finished_once / "data/label_0.nii.gz"
-    before = label.stat()
-    label.write_text("corrected")
+def planned_with_corrected(path: Path, folder: Path) -> Plan:
+    """Return what a dry run would do if the file were another one; it is put back."""
+    before = path.stat()
+    path.write_text("corrected")
     try:
-        plan = planned(finished)
+        return planned(folder)
     finally:
-        label.write_text("")
-        os.utime(label, ns=(before.st_atime_ns, before.st_mtime_ns))
+        path.write_text("")
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_corrected_label_is_learnt_anew(finished: Path, finished_once: Path):
+    plan = planned_with_corrected(finished_once / "data/label_0.nii.gz", finished)
     assert plan.jobs["preprocess"] > 0
     assert "cotrain/round-00/train_2d" in plan.trained()
 
@@ -588,14 +592,7 @@ def test_an_added_unlabelled_case_retrains_what_it_teaches_and_no_control(finish
 
 
 def test_a_corrected_unlabelled_image_is_segmented_anew(finished: Path, finished_once: Path):
-    image = finished_once / "data/image_3.nii.gz"
-    before = image.stat()
-    image.write_text("corrected")
-    try:
-        plan = planned(finished)
-    finally:
-        image.write_text("")
-        os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+    plan = planned_with_corrected(finished_once / "data/image_3.nii.gz", finished)
     assert "results/tiny/cases/unlabelled.tsv" in {
         each["--cases"] for each in plan.of("preprocess")
     }
@@ -624,6 +621,15 @@ def test_a_mistyped_verdict_is_refused(project: Path):
         "case\tround\tmasks\tverdict\tmask\tby\tdate\ncase_2\t0\tpseudo2d\texclude\t\tab\t\n"
     )
     assert "pseudo2d" in refused(project, settings_file(project, review="review.tsv"))
+
+
+@pytest.mark.parametrize("round_", ["", "7", "001"])
+def test_a_verdict_on_a_round_that_there_is_not_is_refused(project: Path, round_: str):
+    (project / "review.tsv").write_text(
+        f"case\tround\tmasks\tverdict\tmask\ncase_2\t{round_}\tpseudo_2d\texclude\t\n"
+    )
+    text = refused(project, settings_file(project, review="review.tsv"))
+    assert f"there is no round {round_!r}, wanted one of 00, 01" in text
 
 
 def test_an_audit_table_with_the_same_content_retrains_nothing(finished: Path):

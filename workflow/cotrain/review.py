@@ -44,6 +44,7 @@ def read_review(path: Path | None, cases: Collection[str]) -> pd.DataFrame:
                     f"{path}, case {row['case']}: the column `{column}` has {row[column]!r}, "
                     f"wanted one of {', '.join(known)}; correct it, or it would go unheard."
                 )
+        # Snakemake takes a missing input for one that is not needed any more.
         if row["verdict"] == "replace" and not os.path.isfile(row["mask"]):
             raise InputError(
                 f"{path}, case {row['case']}: the corrected mask {row['mask']!r} does not exist in "

@@ -94,7 +94,8 @@ def checked_reviews():
         reviews[experiment] = read_review(settings.review, cases).to_dict("records")
         rounds = all_rounds_of(experiment)
         for row in reviews[experiment]:
-            if row["round"].zfill(2) not in rounds:
+            # As in the paths or without the zero; an empty cell is no round.
+            if row["round"] not in {*rounds, *(str(int(round)) for round in rounds)}:
                 raise InputError(
                     f"{settings.review}, case {row['case']}: there is no round {row['round']!r}, "
                     f"wanted one of {', '.join(rounds)}; correct it, or the verdict would go "
