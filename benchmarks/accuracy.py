@@ -97,7 +97,7 @@ METHODS = [
     Method("mean of both, co-trained", "own", "cotrain", "mean"),
     Method("3D, all labels", "full", "labels_only", "3d"),
 ]
-BASELINE, BOUND = METHODS[2], METHODS[-1]
+BASELINE, MEAN_OF_LABELS, BOUND = METHODS[2], METHODS[4], METHODS[-1]
 PRODUCTS = METHODS[-3:-1]
 """What a run ends with: the exported 3D network, and the mean that `cotrain predict` takes."""
 BAR = METHODS[1:6]
@@ -527,6 +527,30 @@ def bar_of(standings: list[Standing]) -> list[str]:
     return lines
 
 
+def numbers_of(by_number: dict[int, list[Standing]]) -> list[str]:
+    """Return the lines of a Markdown table: what each product gains with how many labelled cases.
+
+    by_number: how the methods stand, by the number of labelled cases.
+    """
+    lines = [
+        "| labelled | sets | 3D, labels only | 3D, co-trained | gain | mean of both, labels only "
+        "| mean of both, co-trained | gain |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for labelled, standings in by_number.items():
+        named = {standing.method: standing for standing in standings}
+        cells = []
+        for control, product in zip((BASELINE, MEAN_OF_LABELS), PRODUCTS, strict=True):
+            if control not in named or product not in named:
+                cells += ["", "", ""]
+                continue
+            before, after = named[control].dice, named[product].dice
+            cells += [_spread(before), _spread(after), _gain(after, before)]
+        sets = named[BASELINE].sets.index if BASELINE in named else []
+        lines.append(f"| {labelled} | {' '.join(map(str, sets))} | {' | '.join(cells)} |")
+    return lines
+
+
 def _over(standing: Standing, baseline: Standing | None) -> str:
     """Return the gain over the baseline; nothing where it is missing, or the method itself."""
     if baseline is None or baseline.method == standing.method:
@@ -584,10 +608,13 @@ def draw(standings: dict[str, list[Standing]], path: Path) -> None:
     """Draw the Dice of every set, a line a method, a panel for each data set and label count."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7 * len(standings), 4.6), layout="constrained")
-    for axes, (title, panel) in zip(
-        figure.subplots(1, len(standings), squeeze=False)[0], standings.items(), strict=True
-    ):
+    columns = min(2, len(standings))
+    rows = -(-len(standings) // columns)
+    figure = Figure(figsize=(7 * columns, 4.6 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for unused in grid[len(standings) :]:
+        unused.set_axis_off()
+    for axes, (title, panel) in zip(grid, standings.items(), strict=False):
         for line, standing in enumerate(reversed(panel)):
             colour = "tab:blue" if standing.method.arm == "cotrain" else "0.5"
             axes.plot(standing.dice, [line] * len(standing.dice), "o", color=colour, alpha=0.6)
@@ -610,18 +637,28 @@ def report(arguments: argparse.Namespace) -> None:
     masks = read_table(STORED_MASKS)
     of_masks = ["true_dice", "confidence", "labelled", "set", "round"]
     masks[of_masks] = masks[of_masks].apply(pd.to_numeric)
-    parts, panels = [], {}
-    for (data, labelled), rows in stored.groupby(["data", "labelled"], sort=False):
-        title = f"{DATA[data].title}, {labelled} labelled"
-        panels[title] = standings_of(rows)
-        of_these = masks[(masks["data"] == data) & (masks["labelled"] == labelled)]
-        parts += [f"### {title}", "", *table_of(panels[title]), "", *bar_of(panels[title]), ""]
-        parts += [
-            "Pseudo-masks *of* each network, and those it was taught by (*for*), unlabelled cases:",
-            "",
-            *masks_table(of_these),
-            "",
-        ]
+    parts, panels, shown = [], {}, {}
+    # All labels are the same cases beside any number of labelled ones.
+    is_bound = stored["experiment"] == BOUND.experiment
+    for (data, labelled), rows in stored[~is_bound].groupby(["data", "labelled"]):
+        standings = standings_of(pd.concat([rows, stored[is_bound & (stored["data"] == data)]]))
+        panels[f"{DATA[data].title}, {labelled} labelled"] = standings
+        shown.setdefault(data, {})[labelled] = standings
+    for data, by_number in shown.items():
+        if len(by_number) > 1:
+            parts += [f"### {DATA[data].title}, by number of labelled cases", ""]
+            parts += [*numbers_of(by_number), ""]
+        for labelled, standings in by_number.items():
+            title = f"{DATA[data].title}, {labelled} labelled"
+            of_these = masks[(masks["data"] == data) & (masks["labelled"] == labelled)]
+            parts += [f"### {title}", "", *table_of(standings), "", *bar_of(standings), ""]
+            parts += [
+                "Pseudo-masks *of* each network, and those it was taught by (*for*), unlabelled "
+                "cases:",
+                "",
+                *masks_table(of_these),
+                "",
+            ]
     page = CLONE / "docs" / "accuracy.md"
     prose, marker, _ = page.read_text().partition(MARKER)
     if not marker:

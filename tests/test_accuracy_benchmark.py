@@ -166,6 +166,42 @@ def test_products_are_held_against_what_labels_alone_give(accuracy, stored):
     ]
 
 
+def test_what_each_number_of_labels_gains_is_put_side_by_side(accuracy, stored):
+    standings = accuracy.standings_of(stored)
+    assert accuracy.numbers_of({1: standings[:1], 4: standings})[2:] == [
+        "| 1 | 0 1 |  |  |  |  |  |  |",
+        "| 4 | 0 1 | 72.5 ± 3.5 | 75.5 ± 2.1 | +3.0 (-9.7 to +15.7) |  |  |  |",
+    ]
+
+
+def test_a_report_holds_every_number_of_labels_against_the_one_bound(
+    accuracy, stored, tmp_path, monkeypatch
+):
+    stored = stored.assign(data="left_atrium", labelled=4)
+    few = stored[stored["experiment"] == "own"].assign(labelled=1)
+    masks = {"data": "left_atrium", "labelled": 4, "set": 0, "experiment": "own", "round": 1}
+    masks |= {"masks": "of 3d", "true_dice": 0.8, "confidence": 0.9}
+    write_table(pd.concat([stored, few]).astype(str), tmp_path / "accuracy.tsv")
+    write_table(pd.DataFrame([masks]).astype(str), tmp_path / "masks.tsv")
+    page = tmp_path / "docs" / "accuracy.md"
+    page.parent.mkdir()
+    page.write_text(f"prose\n{accuracy.MARKER}\nold")
+    monkeypatch.setattr(accuracy, "CLONE", tmp_path)
+    monkeypatch.setattr(accuracy, "STORED", tmp_path / "accuracy.tsv")
+    monkeypatch.setattr(accuracy, "STORED_MASKS", tmp_path / "masks.tsv")
+    accuracy.report(SimpleNamespace())
+    lines = page.read_text().splitlines()
+    assert lines[:2] == ["prose", accuracy.MARKER]
+    titles = [line for line in lines if line.startswith("###")]
+    assert titles == [
+        "### Left atrium, by number of labelled cases",
+        "### Left atrium, 1 labelled",
+        "### Left atrium, 4 labelled",
+    ]
+    assert sum(line.startswith("| 3D, all labels | 0 1 | 81.0") for line in lines) == 2
+    assert (tmp_path / "docs" / "accuracy.png").is_file()
+
+
 def test_masks_are_judged_by_the_truth_of_unlabelled_cases(accuracy, tmp_path, monkeypatch):
     monkeypatch.setattr(accuracy, "CLONE", tmp_path)
     own = SimpleNamespace(experiment="own", labels={"atrium": 1})
