@@ -12,6 +12,7 @@ from cotrain.networks import (
     load_pretrained_encoder,
     takes_lora,
 )
+from cotrain.training import MovingAverage
 
 LITE0 = {"encoder": "tf_efficientnet_lite0"}
 PVT = {"encoder": "pvt_v2_b0"}
@@ -239,3 +240,32 @@ def test_argument_that_cannot_be_met_is_refused_with_a_sentence(options, sentenc
 def test_image_larger_than_the_image_size_is_refused():
     with pytest.raises(InputError, match="65 x 64 pixels"):
         build(SWIN)(torch.zeros(1, 2, 65, 64))
+
+
+def test_the_average_of_weights_moves_each_tensor_once_whatever_its_names():
+    network = get_network_from_plans(
+        "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+        {
+            **{"n_stages": 2, "features_per_stage": [2, 4], "conv_op": "torch.nn.Conv3d"},
+            **{"kernel_sizes": [[3] * 3] * 2, "strides": [[1] * 3, [2] * 3], "conv_bias": True},
+            **{"n_conv_per_stage": [1, 1], "n_conv_per_stage_decoder": [1]},
+            **{"norm_op": "torch.nn.BatchNorm3d", "norm_op_kwargs": {"affine": True}},
+            **{"nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": {"inplace": True}},
+        },
+        ["conv_op", "norm_op", "nonlin"],
+        1,
+        2,
+    )
+    # The reason for our own loop: a tensor under two names.
+    assert len({each.data_ptr() for each in network.state_dict().values()}) < len(
+        network.state_dict()
+    )
+    average = MovingAverage(network, decay=0.9)
+    with torch.no_grad():
+        for start, tensors in ((0, average.module.state_dict()), (1, network.state_dict())):
+            for tensor in tensors.values():
+                tensor.fill_(start)
+    average.update(network)
+    for name, tensor in average.module.state_dict().items():
+        expected = 0.1 if tensor.is_floating_point() else 1
+        assert tensor.double().mean().item() == pytest.approx(expected), name

@@ -47,6 +47,27 @@ CURVE_COLUMNS = (
 )
 
 
+class MovingAverage(ModelEmaV3):
+    """timm's moving average of weights, with each tensor taken once.
+
+    nnU-Net's networks list a convolution under up to four names, and timm's own loop over
+    `state_dict()` moves it once for each: encoder, decoder and head would follow at different
+    decays, and on a GPU, in one launch, at random ones.
+    """
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        """Move every parameter and buffer towards the model's by 1 - decay."""
+        for average, current in zip(_tensors(self.module), _tensors(model), strict=True):
+            if average.is_floating_point():
+                average.lerp_(current, 1 - decay)
+            else:
+                average.copy_(current)
+
+
+def _tensors(network: nn.Module) -> list[torch.Tensor]:
+    return [*network.parameters(), *network.buffers()]
+
+
 @dataclass
 class Trainer:
     """A network in training with all state that goes from round to round.
@@ -113,7 +134,7 @@ class Trainer:
             )
         # What masks are inferred from is kept by the process that writes.
         decay = self.stage.cotraining.ema_decay if self.place.rank == 0 else 0
-        self.average = ModelEmaV3(self.network, decay=decay, use_warmup=True) if decay else None
+        self.average = MovingAverage(self.network, decay=decay, use_warmup=True) if decay else None
         self.scaler = torch.amp.GradScaler("cuda") if self.precision == "fp16" else None
         self.compiled: nn.Module = self.network
         # nnU-Net's own switch and default: compile on a GPU, not on a CPU.
