@@ -348,7 +348,7 @@ def store(
             spent = float((CLONE / "results" / own.experiment / "minutes.txt").read_text())
         else:
             spent = minutes_of(
-                CLONE / "benchmarks" / own.experiment, method, last=round_of(method, own)
+                CLONE / "results" / own.experiment, method, last=round_of(method, own)
             )
         for case, row in scores.iterrows():
             rows.append(
@@ -408,31 +408,33 @@ def mask_qualities(settings: Settings) -> list[dict[str, str]]:
     ]
 
 
-def minutes_of(benchmarks: Path, method: Method, *, last: int) -> float:
+def minutes_of(results: Path, method: Method, *, last: int) -> float:
     """Return the processor minutes of all training and mask making up to a round.
 
-    benchmarks: Snakemake's tables of the experiment. Its test masks and scores are not counted.
-    last: number of the round that it ends with.
+    results: folder of the experiment, whose steps noted their processor time beside what they made.
+    Its test masks and scores, and the audits of a second each, are not counted. last: number of
+    the round that it ends with.
     """
     if method.arm == "cotrain":
-        tables = [
-            table
+        # The last round's own masks are made for this table alone, and teach nobody.
+        steps = [
+            path
             for number in range(last + 1)
-            for kind in ("train_*", "pseudo_*", "teacher_*", "audit_[23]d")
-            for table in benchmarks.glob(f"cotrain/round-{number:02d}/{kind}.tsv")
+            for kind in ("train_*", "teacher_*", *(["pseudo_*"] if number < last else []))
+            for path in results.glob(f"cotrain/round-{number:02d}/{kind}/provenance*.json")
         ]
     else:
         networks = ["2d", "3d"] if method.network == "mean" else [method.network]
         # A training that nobody has taught so far is the same in both arms; 2D has no last one.
-        tables = []
+        steps = []
         for number in range(last + 1):
             for network in networks:
                 of_round = [
-                    benchmarks / f"{arm}/round-{number:02d}/train_{network}.tsv"
+                    results / f"{arm}/round-{number:02d}/train_{network}/provenance.json"
                     for arm in ("labels_only", "cotrain")
                 ]
-                tables += [table for table in of_round if table.is_file()][:1]
-    return sum(float(read_table(table)["cpu_time"].iloc[-1]) for table in tables) / 60
+                steps += [path for path in of_round if path.is_file()][:1]
+    return sum(json.loads(path.read_text())["cpu_seconds"] for path in steps) / 60
 
 
 def _replace_rows(path: Path, rows: pd.DataFrame) -> None:

@@ -1,6 +1,7 @@
 """The accuracy benchmark: which cases each labelled set has, and how the methods stand by hand."""
 
 import importlib.util
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -225,6 +226,32 @@ def test_masks_are_judged_by_the_truth_of_unlabelled_cases(accuracy, tmp_path, m
         # Dice of c1 2 * 2 / (2 + 4), of c2 1.
         {"round": "1", "masks": "of 2d", "true_dice": "0.83333", "confidence": "0.85000"},
     ]
+
+
+def test_minutes_are_those_of_what_the_judged_round_needed(accuracy, tmp_path):
+    steps = {
+        **{"cotrain/round-00/train_2d/provenance": 60, "cotrain/round-00/train_3d/provenance": 120},
+        **{
+            "cotrain/round-00/pseudo_2d/provenance-0": 6,
+            "cotrain/round-02/train_3d/provenance": 600,
+        },
+        **{
+            "cotrain/round-01/train_3d/provenance": 30,
+            "cotrain/round-01/pseudo_3d/provenance-0": 9,
+        },
+        **{"labels_only/round-00/train_3d/provenance": 100},
+        "cotrain/round-01/teacher_3d/provenance-0": 3,
+    }
+    for step, seconds in steps.items():
+        path = tmp_path / f"{step}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"cpu_seconds": seconds}))
+    ours = SimpleNamespace(arm="cotrain", network="3d")
+    assert accuracy.minutes_of(tmp_path, ours, last=1) == pytest.approx((60 + 120 + 6 + 33) / 60)
+    assert accuracy.minutes_of(tmp_path, ours, last=0) == 3
+    control = SimpleNamespace(arm="labels_only", network="mean")
+    # 2D of round 00 was taught by nobody in either arm, and is trained once.
+    assert accuracy.minutes_of(tmp_path, control, last=0) == pytest.approx((60 + 100) / 60)
 
 
 def test_sets_that_only_one_method_has_are_not_compared(accuracy, stored):

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+import resource
 import subprocess
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -48,6 +49,11 @@ def commit_of_code() -> str:
         return f"release {__version__}"
 
 
+def _cpu_seconds() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
 def write_provenance(
     path: str | Path,
     *,
@@ -58,7 +64,8 @@ def write_provenance(
 ) -> None:
     """Write settings, seed, input hashes, package versions and commit of a step to `path`.
 
-    inputs: files; each is recorded with the SHA-256 of its bytes.
+    inputs: files; each is recorded with the SHA-256 of its bytes. `cpu_seconds` is the processor
+    time of this process and those it has waited for; not that of earlier, interrupted ones.
     """
     versions = {}
     for package in PACKAGES:
@@ -75,6 +82,7 @@ def write_provenance(
             "inputs": {str(each): sha256_of(each) for each in inputs},
             "python": platform.python_version(),
             "packages": versions,
+            "cpu_seconds": round(_cpu_seconds(), 1),
             **facts,
         },
         path,
