@@ -6,6 +6,10 @@ import blosc2
 import numpy as np
 import pytest
 import torch
+from batchgenerators.utilities.file_and_folder_operations import write_pickle
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
+from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTansform
 
 from cotrain.batches import BatchSource, Case, augmentation, batches, seed_everything
 from cotrain.masks import foreground_locations, write_soft
@@ -171,6 +175,33 @@ def test_outside_the_body_is_zero_where_nnunet_normalises_inside_it(network, pla
         changed = a["data"] != b["data"]
         assert changed.any()
         assert (a["data"][changed] == 0).all()
+
+
+def test_each_slice_beside_a_slice_is_zero_outside_its_own_body(planned, labelled, tmp_path):
+    plans = json.loads(json.dumps(planned.plans))
+    content = plans["configurations"]["2d_cotrain"]
+    content["architecture"]["arch_kwargs"]["adjacent_slices"] = 1
+    content["use_mask_for_norm"] = [True]
+    # The body is a column of its own in each of three slices, and the image is 5 everywhere.
+    shape = blosc2.open(labelled[0].arrays + ".b2nd").shape
+    image = np.full((1, 3, *shape[2:]), 5, dtype=np.float32)
+    body = np.full(image.shape, -1, dtype=np.int16)
+    for z in range(3):
+        body[0, z, :, 10 + z] = 0
+    arrays = str(tmp_path / "columns")
+    blosc2.asarray(image, urlpath=arrays + ".b2nd", mode="w")
+    blosc2.asarray(body, urlpath=arrays + "_seg.b2nd", mode="w")
+    write_pickle({"class_locations": {}}, arrays + ".pkl")
+    case = Case("columns", arrays)
+    source = source_of(Planned(plans, planned.dataset), "2d", [case], [], [0])
+    kept = (MaskImageTransform, RemoveLabelTansform)
+    source.transforms = ComposeTransforms(
+        [each for each in source.transforms.transforms if isinstance(each, kept)]
+    )
+    source.cropper.get_bbox = lambda *_: ((1, 0, 5), (2, 4, 15))
+    seen, target = source._sample(case, aimed=False)
+    assert [channel[0].nonzero().flatten().tolist() for channel in seen] == [[5], [6], [7]]
+    assert target.shape == (3, 4, 10)
 
 
 def test_the_audits_weight_is_the_chance_to_be_drawn(planned, labelled, unlabelled, tmp_path):

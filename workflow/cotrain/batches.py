@@ -13,8 +13,8 @@ from functools import lru_cache
 import blosc2
 import numpy as np
 import torch
-from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
+from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
 from nnunetv2.configuration import ANISO_THRESHOLD
 from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
@@ -91,6 +91,8 @@ def augmentation(
         ],
     )
     _make_repeatable(transforms)
+    if adjacent_slices:
+        _mask_by_own_slice(transforms, slices=1 + 2 * adjacent_slices)
     return transforms, start
 
 
@@ -100,6 +102,22 @@ def _make_repeatable(transforms) -> None:
         inner = getattr(transform, "transform", transform)
         if hasattr(inner, "benchmark"):
             inner.benchmark = False
+
+
+def _mask_by_own_slice(transforms, *, slices: int) -> None:
+    """Mask each slice by the body in itself; nnU-Net's would take the body in the first for all."""
+    transforms.transforms = [
+        own
+        for transform in transforms.transforms
+        for own in (
+            [
+                MaskImageTransform([channel], channel % slices, transform.set_outside_to)
+                for channel in transform.apply_to_channels
+            ]
+            if isinstance(transform, MaskImageTransform)
+            else [transform]
+        )
+    ]
 
 
 class BatchSource(torch.utils.data.Dataset):
@@ -176,20 +194,30 @@ class BatchSource(torch.utils.data.Dataset):
         locations = _locations(case.arrays, case.soft)
         lower, upper = self.cropper.get_bbox(image.shape[1:], aimed, locations)
         box = [list(pair) for pair in zip(lower, upper, strict=True)]
-        sample = {"image": patch_of(image, box, adjacent_slices=self.adjacent_slices)}
+        beside = {
+            "image": self.adjacent_slices,
+            "segmentation": self.adjacent_slices if self.masks_image else 0,
+            "regression_target": 0,
+        }
+        sample = {"image": patch_of(image, box, adjacent_slices=beside["image"])}
         if case.soft is None or self.masks_image:
             segmentation = _open(case.arrays + "_seg.b2nd")
-            cropped = crop_and_pad_nd(segmentation, box, -1, cast_cropped_to=np.int16)
-            sample["segmentation"] = torch.from_numpy(cropped).to(torch.int16)
+            cropped = patch_of(
+                segmentation, box, adjacent_slices=beside["segmentation"], outside=-1
+            )
+            sample["segmentation"] = cropped.to(torch.int16)
         if case.soft is not None:
-            cropped = crop_and_pad_nd(_open_soft(case.soft), box, 0)
-            sample["regression_target"] = torch.from_numpy(cropped).float() / 255
+            cropped = patch_of(_open_soft(case.soft), box, adjacent_slices=0)
+            sample["regression_target"] = cropped / 255
         if len(self.patch_size) == 2:
-            (seen,) = slices_of(sample["image"], adjacent_slices=self.adjacent_slices)
-            sample = {name: tensor[:, 0] for name, tensor in sample.items()} | {"image": seen}
+            sample = {
+                name: slices_of(tensor, adjacent_slices=beside[name])[0]
+                for name, tensor in sample.items()
+            }
         sample = self.transforms(**sample)
         if case.soft is None:
-            label = sample["segmentation"][0].long()
+            # Of the slice itself, which is in the middle of its neighbours.
+            label = sample["segmentation"][beside["segmentation"]].long()
             target = torch.nn.functional.one_hot(label, self.class_count).movedim(-1, 0).float()
         else:
             foreground = sample["regression_target"]

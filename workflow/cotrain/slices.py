@@ -9,16 +9,20 @@ from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 
 
 def patch_of(
-    image: blosc2.NDArray | np.ndarray, box: Sequence[Sequence[int]], *, adjacent_slices: int
+    image: blosc2.NDArray | np.ndarray,
+    box: Sequence[Sequence[int]],
+    *,
+    adjacent_slices: int,
+    outside: int = 0,
 ) -> torch.Tensor:
     """Return a box `((z0, z1), (y0, y1), (x0, x1))` of an image as `(C, z + 2n, y, x)` float32.
 
-    image: `(C, Z, Y, X)`; only the box is read. n: `adjacent_slices` more before and after it. 0
-    past the image's ends.
+    image: `(C, Z, Y, X)`; only the box is read. n: `adjacent_slices` more before and after it.
+    outside: value past the image's ends.
     """
     (low, high), *in_plane = map(list, box)
     wider = [[low - adjacent_slices, high + adjacent_slices], *in_plane]
-    return torch.from_numpy(crop_and_pad_nd(image, wider, 0)).float()
+    return torch.from_numpy(crop_and_pad_nd(image, wider, outside)).float()
 
 
 def slices_of(patch: torch.Tensor, *, adjacent_slices: int) -> torch.Tensor:
