@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from cotrain.device import arrange_for_cpu
+from cotrain.device import arrange_for_cpu, devices_of
+from cotrain.errors import InputError
+from cotrain.settings import Compute
 
 
 def test_an_arranged_instance_norm_is_the_same_function_and_keeps_the_layout():
@@ -64,40 +66,63 @@ def test_a_norm_with_a_forward_of_its_own_keeps_it():
     torch.testing.assert_close(network(volumes), expected)
 
 
-STEP_WITH_TWO_GPUS = """
-import types
+STEP = """
+import sys, types
 import torch
 torch.cuda.is_available = lambda: True
-torch.cuda.device_count = lambda: 2
+torch.cuda.device_count = lambda: int(sys.argv[1])
 torch.cuda.get_device_properties = lambda number: types.SimpleNamespace(uuid=f"GPU-{number}")
-from cotrain.device import device_of
+torch.cuda.set_device = lambda device: print(device, end=" ")
+from cotrain.device import devices_of
 from cotrain.settings import Compute
-print(device_of(Compute()), device_of(Compute()), flush=True)
-print(device_of(Compute(gpus_per_training=2), rank=1), flush=True)
+for _ in range(2):
+    print(*devices_of(Compute(), count=int(sys.argv[2])), flush=True)
 input()
 """
 
 
-def test_steps_at_a_time_take_different_gpus_and_a_finished_one_frees_its_own(
-    tmp_path, monkeypatch
-):
+@pytest.fixture
+def start_step(tmp_path, monkeypatch):
+    """Return a function that starts a step on a machine with so many GPUs, and says which it took.
+
+    It stays alive; `steps` are their processes.
+    """
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    steps = []
 
-    def gpu_of_a_new_step() -> str:
+    def start(gpus: int, count: int = 1) -> str:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        step = subprocess.Popen([sys.executable, "-c", STEP_WITH_TWO_GPUS], **pipes)
-        steps.append(step)
-        first, again = step.stdout.readline().split()
+        words = [sys.executable, "-c", STEP, str(gpus), str(count)]
+        start.steps.append(subprocess.Popen(words, **pipes))
+        first, again = (start.steps[-1].stdout.readline().split() for _ in range(2))
         assert first == again
-        # Of those that train together each has the GPU of its number.
-        assert step.stdout.readline() == "cuda:1\n"
-        return first
+        current, *taken = first
+        assert current == taken[0]
+        return " ".join(taken)
 
-    assert [gpu_of_a_new_step() for _ in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
-    steps[1].kill()
-    steps[1].wait()
-    assert gpu_of_a_new_step() == "cuda:1"
-    for step in steps:
+    start.steps = []
+    yield start
+    for step in start.steps:
         step.kill()
         step.communicate()
+
+
+def test_steps_at_a_time_take_different_gpus_and_a_finished_one_frees_its_own(start_step):
+    assert [start_step(2) for _ in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    start_step.steps[1].kill()
+    start_step.steps[1].wait()
+    assert start_step(2) == "cuda:1"
+
+
+def test_trainings_of_several_gpus_and_other_steps_share_no_gpu(start_step):
+    assert start_step(5, 2) == "cuda:0 cuda:1"
+    assert start_step(5) == "cuda:2"
+    assert start_step(5, 2) == "cuda:3 cuda:4"
+    # More at a time than there are GPUs: the first are shared.
+    assert start_step(5, 2) == "cuda:0 cuda:1"
+
+
+def test_more_gpus_than_there_are_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match=r"gpus_per_training is 2, but torch sees 1 GPUs"):
+        devices_of(Compute(), count=2)

@@ -323,6 +323,19 @@ def test_a_killed_mask_set_goes_on_with_the_next_case_to_the_same_bytes(
     assert content_of(folder) == content_of(tmp_path / "undisturbed")
 
 
+def test_cases_of_another_shard_preprocessed_meanwhile_discard_nothing(
+    tiny, killed, cotrain, capsys
+):
+    words, _ = killed
+    other = tiny.preprocessed / "unlabelled" / "manifest-1.tsv"
+    other.write_text("case\n")
+    try:
+        cotrain(*words)
+    finally:
+        other.unlink()
+    assert "Resuming after" in capsys.readouterr().out
+
+
 def test_a_changed_checkpoint_discards_finished_cases(
     tiny, killed, trained_3d, train, cotrain, tmp_path, capsys
 ):

@@ -77,7 +77,7 @@ def gradient_of(place: Place) -> torch.Tensor:
 
 
 def test_batch_dice_is_over_the_batch_of_all_processes():
-    with team(2, "cpu", gradient_of) as place:
+    with team([torch.device("cpu")] * 2, gradient_of) as place:
         together = gradient_of(place)
     alone = gradient_of(Place())
     assert together.flatten().tolist() == pytest.approx(alone.flatten().tolist(), rel=1e-5)
@@ -156,11 +156,12 @@ def test_a_process_that_fails_while_they_meet_ends_the_step(tmp_path):
     script = tmp_path / "meet.py"
     script.write_text(
         "import os\n"
+        "import torch\n"
         "from cotrain import team\n"
         "def fail(*words):\n"
         "    os._exit(3)\n"
         "if __name__ == '__main__':\n"
-        "    with team.team(2, 'cpu', print):\n"
+        "    with team.team([torch.device('cpu')] * 2, print):\n"
         "        pass\n"
         "else:\n"
         "    team._meet = fail\n"

@@ -18,24 +18,34 @@ from cotrain.errors import InputError
 from cotrain.settings import Compute
 
 
-def device_of(compute: Compute, *, rank: int = 0) -> torch.device:
+def device_of(compute: Compute) -> torch.device:
     """Return the device to run on: the first GPU that no other step on this machine has taken.
 
-    rank: number of this process among those that train together, which take a GPU each.
+    Raises InputError as `devices_of` does.
+    """
+    return devices_of(compute, count=1)[0]
 
-    Raises InputError where cuda is asked for and not there, or where SLURM gave the job a GPU that
-    torch does not see: a training on the CPU there would take days.
+
+def devices_of(compute: Compute, *, count: int) -> list[torch.device]:
+    """Return a device for each of so many processes: GPUs that no other step here has taken.
+
+    The first is this process's own, and is made its current one.
+
+    Raises InputError where cuda is asked for and not there, where there are fewer GPUs, or where
+    SLURM gave the job a GPU that torch does not see: a training on the CPU there would take days.
     """
     if compute.device == "cpu":
-        return torch.device("cpu")
+        return [torch.device("cpu")] * count
     if torch.cuda.is_available():
-        if compute.gpus_per_training > torch.cuda.device_count():
+        if count > torch.cuda.device_count():
             raise InputError(
-                f"compute.gpus_per_training is {compute.gpus_per_training}, but torch sees "
+                f"compute.gpus_per_training is {count}, but torch sees "
                 f"{torch.cuda.device_count()} GPUs here; ask for fewer, or for another node."
             )
-        together = compute.gpus_per_training > 1
-        return torch.device("cuda", rank if together else free_gpu())
+        devices = [torch.device("cuda", number) for number in free_gpus(count)]
+        # Else the threads that pin memory would open the first GPU, too.
+        torch.cuda.set_device(devices[0])
+        return devices
     if compute.device == "cuda":
         raise InputError(
             "compute.device is cuda, but torch sees no GPU here; ask the scheduler for one, "
@@ -48,19 +58,21 @@ def device_of(compute: Compute, *, rank: int = 0) -> torch.device:
             "look at nvidia-smi there and at torch.version.cuda, exclude that node, or set "
             "compute.device to cpu."
         )
-    return torch.device("cpu")
+    return [torch.device("cpu")] * count
 
 
 @cache
-def free_gpu() -> int:
-    """Return the number of a visible GPU that no other step of this user has taken, and take it.
+def free_gpus(count: int) -> list[int]:
+    """Return the numbers of visible GPUs that no other step of this user has taken, and take them.
 
     A step takes a GPU by a lock on a file, which the system releases when the process ends. Where
-    all are taken, because a run was allowed more steps at a time than there are GPUs, the first is
-    shared. SLURM gives a job of its own its own GPU, and there is nothing to choose.
+    too few are free, because a run was allowed more steps at a time than there are GPUs, the first
+    of the others are shared. SLURM gives a job of its own its own GPUs, and there is nothing to
+    choose.
     """
-    count = torch.cuda.device_count()
-    for number in range(count if count > 1 else 0):
+    visible = range(torch.cuda.device_count())
+    free = []
+    for number in visible if len(visible) > count else []:
         name = f"cotrain-{os.getuid()}-{torch.cuda.get_device_properties(number).uuid}.lock"
         file = open(Path(tempfile.gettempdir(), name), "w")  # noqa: SIM115
         try:
@@ -69,8 +81,10 @@ def free_gpu() -> int:
             file.close()
             continue
         _TAKEN.append(file)
-        return number
-    return 0
+        free.append(number)
+        if len(free) == count:
+            return free
+    return [*free, *(number for number in visible if number not in free)][:count]
 
 
 _TAKEN: list[TextIO] = []

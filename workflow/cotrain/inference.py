@@ -27,7 +27,7 @@ from cotrain.device import arrange_for_cpu, autocast, device_of, precision_of
 from cotrain.errors import InputError
 from cotrain.files import read_table, sha256_of, write_table
 from cotrain.masks import MANIFEST_COLUMNS, labels_on_image_grid, quantised, write_mask
-from cotrain.nnunet import Planned, arrays_of, manifests_of
+from cotrain.nnunet import Planned, arrays_of
 from cotrain.provenance import write_provenance
 from cotrain.settings import Inference, InferStage, Section, load
 from cotrain.shards import shard_of
@@ -214,7 +214,9 @@ def make_mask_set(
     rows = shard_of(
         read_table(arguments.cases).to_dict("records"), arguments.shard, arguments.shards
     )
-    inputs = [*inputs, *manifests_of(arguments.preprocessed / arguments.split)]
+    # Other shards may still be preprocessed.
+    arrays = arguments.preprocessed / arguments.split / f"manifest-{arguments.shard}.tsv"
+    inputs = [*inputs, arrays]
     identity = {
         "cases": [row["case"] for row in rows],
         "inputs": {str(path): sha256_of(path) for path in inputs},
@@ -346,5 +348,6 @@ def run(arguments: argparse.Namespace) -> None:
         settings=stage,
         network=arguments.network,
         precision=precision,
-        device=str(device),
+        # Without its number: the next start may be given another of the same GPUs.
+        device=device.type,
     )

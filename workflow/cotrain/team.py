@@ -32,10 +32,14 @@ SECONDS_FOR_THE_SAME = 30
 
 @dataclass(frozen=True)
 class Place:
-    """Which of the processes this is: `rank` of `size`; 0 is the step itself."""
+    """Which of the processes this is: `rank` of `size`, on its `device`; 0 is the step itself.
+
+    device: None where whoever trains may choose.
+    """
 
     rank: int = 0
     size: int = 1
+    device: torch.device | None = None
 
     def share_of(self, batch_size: int) -> range:
         """Return the samples of a batch that this process computes, as many as each other one.
@@ -49,31 +53,32 @@ class Place:
 
 
 @contextmanager
-def team(size: int, device: str, help_: Callable, *arguments: object) -> Iterator[Place]:
-    """Form a group of `size` processes, of which this one is the first; none for a size of 1.
+def team(devices: list[torch.device], help_: Callable, *arguments: object) -> Iterator[Place]:
+    """Form a group of a process for each device, of which this one is the first; none for one.
 
-    device: `cuda` or `cpu`. help_: called as `help_(place, *arguments)` in each other process, it
+    help_: called as `help_(place, *arguments)` in each other process, it
     must take part in the same collective operations as this one. The others are ended on leaving;
     should one die before, this process dies at once, because it would wait for it for long.
     """
-    if size == 1:
-        yield Place()
+    places = [Place(rank, len(devices), device) for rank, device in enumerate(devices)]
+    if len(places) == 1:
+        yield places[0]
         return
     # Not forked: a process that has used CUDA cannot be.
     context = multiprocessing.get_context("spawn")
     leaving = threading.Event()
     with tempfile.TemporaryDirectory() as folder:
-        meeting = (device, f"file://{Path(folder, 'store')}")
+        url = f"file://{Path(folder, 'store')}"
         others = [
-            context.Process(target=_join, args=(Place(rank, size), meeting, help_, arguments))
-            for rank in range(1, size)
+            context.Process(target=_join, args=(place, url, help_, arguments))
+            for place in places[1:]
         ]
         try:
             for other in others:
                 other.start()
             threading.Thread(target=_die_with, args=(others, leaving), daemon=True).start()
-            _meet(Place(0, size), *meeting)
-            yield Place(0, size)
+            _meet(places[0], url)
+            yield places[0]
             leaving.set()
             # All at once, and only while all live: NCCL's end is a collective operation, too.
             distributed.destroy_process_group()
@@ -104,18 +109,19 @@ def _die_with(others: list[multiprocessing.Process], leaving: threading.Event) -
                 os._exit(1)
 
 
-def _meet(place: Place, device: str, url: str) -> None:
-    if device == "cuda":
-        torch.cuda.set_device(place.rank)
-    backend = "nccl" if device == "cuda" else "gloo"
+def _meet(place: Place, url: str) -> None:
+    on_gpu = place.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(place.device)
+    backend = "nccl" if on_gpu else "gloo"
     distributed.init_process_group(backend, init_method=url, rank=place.rank, world_size=place.size)
 
 
-def _join(place: Place, meeting: tuple[str, str], help_: Callable, arguments: tuple) -> None:
+def _join(place: Place, url: str, help_: Callable, arguments: tuple) -> None:
     # Ctrl-C reaches every process of a terminal; the first one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_the_first, daemon=True).start()
-    _meet(place, *meeting)
+    _meet(place, url)
     try:
         help_(place, *arguments)
     except InputError as error:

@@ -23,7 +23,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cotrain.batches import STREAMS, BatchSource, Case, batches, seed_everything
-from cotrain.device import arrange_for_cpu, autocast, device_of, precision_of
+from cotrain.device import arrange_for_cpu, autocast, device_of, devices_of, precision_of
 from cotrain.errors import InputError
 from cotrain.files import read_table, sha256_of, write_atomically
 from cotrain.losses import DiceAndSoftCrossEntropy
@@ -85,7 +85,7 @@ class Trainer:
     place: Place = field(default_factory=Place)
 
     def __post_init__(self) -> None:
-        self.device = device_of(self.stage.compute, rank=self.place.rank)
+        self.device = self.place.device or device_of(self.stage.compute)
         self.precision = precision_of(self.stage.compute, self.device, training=True)
         self.schedule = Schedule(
             self.network_name,
@@ -135,7 +135,7 @@ class Trainer:
         # What masks are inferred from is kept by the process that writes.
         decay = self.stage.cotraining.ema_decay if self.place.rank == 0 else 0
         self.average = MovingAverage(self.network, decay=decay, use_warmup=True) if decay else None
-        self.scaler = torch.amp.GradScaler("cuda") if self.precision == "fp16" else None
+        self.scaler = torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
         self.compiled: nn.Module = self.network
         # nnU-Net's own switch and default: compile on a GPU, not on a CPU.
         wanted = os.environ.get("nnUNet_compile", "true").lower()  # noqa: SIM112
@@ -192,7 +192,7 @@ class Trainer:
         """Train the next epoch and return its row of the curve.
 
         control: train on labelled cases alone, with the same rates. Raises InputError where the
-        loss is not finite.
+        loss or the network is not finite.
         """
         began = time.time()
         batch_size = self.planned.configuration(self.network_name).batch_size
@@ -225,13 +225,10 @@ class Trainer:
             losses.append(self._step(batch, iteration))
             rates.append(rate)
             shares.append(self.schedule.wanted_share(window, self.epoch, iteration, batch_size))
-        mean_loss = torch.stack(losses).mean()
-        if self.place.size > 1:
-            distributed.all_reduce(mean_loss)
-        loss = float(mean_loss) / self.place.size
-        if not math.isfinite(loss):
+        loss = self._mean_loss(torch.stack(losses))
+        if not (math.isfinite(loss) and all_finite(self.network)):
             raise InputError(
-                f"The loss of epoch {self.epoch} is {loss}; lower "
+                f"The loss of epoch {self.epoch} is {loss}, or a weight is not finite; lower "
                 f"training_{self.network_name}.learning_rate or set compute.precision to fp32, "
                 "and look for broken images on the data report."
             )
@@ -247,6 +244,22 @@ class Trainer:
         self.curve.append([row[name] for name in CURVE_COLUMNS])
         self.epoch += 1
         return row
+
+    def _mean_loss(self, losses: torch.Tensor) -> float:
+        """Return the mean over an epoch's steps, and over the processes that train together.
+
+        In fp16 a step whose numbers overflow is left out: as in nnU-Net the scaler has skipped it.
+        NaN where that were most.
+        """
+        counted = losses[losses.isfinite()] if self.scaler else losses
+        total = torch.stack([counted.sum(), torch.full_like(counted.sum(), len(counted))])
+        if self.place.size > 1:
+            distributed.all_reduce(total)
+        return (
+            float(total[0] / total[1])
+            if 2 * total[1] >= len(losses) * self.place.size
+            else math.nan
+        )
 
     def _step(self, batch: dict[str, torch.Tensor], iteration: int) -> torch.Tensor:
         # Dropout and stochastic depth must not depend on how the batch was made.
@@ -274,6 +287,12 @@ class Trainer:
             steps = self.epoch * self.stage.training.iterations_per_epoch + iteration
             self.average.update(self.network, step=steps)
         return loss.detach()
+
+
+def all_finite(network: nn.Module) -> bool:
+    """Return whether a network holds neither NaN nor infinity, in its statistics neither."""
+    tensors = [each for each in _tensors(network) if each.is_floating_point()]
+    return bool(torch.stack([each.isfinite().all() for each in tensors]).all())
 
 
 def _started(
@@ -365,6 +384,24 @@ def accepted_cases(audit: Path, preprocessed: Path) -> list[Case]:
     return cases
 
 
+def inputs_of(arguments: argparse.Namespace) -> list[Path]:
+    """Return all files that a training depends on: what a change of discards its finished epochs.
+
+    Not the arrays of unlabelled cases where none is shown: they may still be made while it trains.
+    """
+    splits = ["labelled", *(["unlabelled"] if arguments.audit else [])]
+    given = (
+        arguments.settings,
+        arguments.preprocessed / "plans.json",
+        arguments.labelled,
+        arguments.audit,
+        arguments.previous,
+        arguments.encoder_weights,
+    )
+    manifests = [path for split in splits for path in manifests_of(arguments.preprocessed / split)]
+    return [*(path for path in given if path is not None), *manifests]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `cotrain train`."""
     parser.add_argument("--network", choices=["2d", "3d"], required=True)
@@ -401,25 +438,13 @@ def run(arguments: argparse.Namespace) -> None:
     stage = load(arguments.settings, model=TrainStage)
     _share_threads(arguments.threads, stage.compute.gpus_per_training)
     planned = Planned.read(arguments.preprocessed)
-    device = device_of(stage.compute)
+    devices = devices_of(stage.compute, count=stage.compute.gpus_per_training)
+    device = devices[0]
     workers = arguments.workers
     if workers is None:
         threads = arguments.threads // stage.compute.gpus_per_training
         workers = max(1, threads - 1) if device.type == "cuda" else 0
-    inputs = [
-        path
-        for path in (
-            arguments.settings,
-            arguments.preprocessed / "plans.json",
-            arguments.labelled,
-            arguments.audit,
-            arguments.previous,
-            arguments.encoder_weights,
-            *manifests_of(arguments.preprocessed / "labelled"),
-            *manifests_of(arguments.preprocessed / "unlabelled"),
-        )
-        if path is not None
-    ]
+    inputs = inputs_of(arguments)
     identity = {
         "arm": arguments.arm,
         "round": arguments.round,
@@ -434,7 +459,7 @@ def run(arguments: argparse.Namespace) -> None:
             # By another job, for which this one waited: a newer file would rerun what follows.
             print(f"{checkpoint} is finished already; it stays as it is.", flush=True)
             return
-        _train_round(arguments, stage, planned, work, workers=workers, inputs=inputs)
+        _train_round(arguments, stage, planned, work, devices, workers=workers, inputs=inputs)
 
 
 def _train_round(
@@ -442,6 +467,7 @@ def _train_round(
     stage: TrainStage,
     planned: Planned,
     work: WorkFolder,
+    devices: list[torch.device],
     *,
     workers: int,
     inputs: list[Path],
@@ -463,8 +489,7 @@ def _train_round(
             left_over.unlink(missing_ok=True)
         shutil.rmtree(events, ignore_errors=True)
     start_from = latest if resuming else arguments.previous
-    size, device = stage.compute.gpus_per_training, device_of(stage.compute)
-    with team(size, device.type, _help, arguments, stage, workers, start_from, cases) as place:
+    with team(devices, _help, arguments, stage, workers, start_from, cases) as place:
         trainer = _started(arguments, stage, planned, place, workers, start_from)
         window = trainer.schedule.window(arguments.round)
         if trainer.epoch != window.start and not resuming:
@@ -475,7 +500,7 @@ def _train_round(
             )
         work.claim(done=trainer.epoch - window.start)
         parameters = sum(each.numel() for each in trainer.network.parameters())
-        together = f" and {size - 1} more together" if size > 1 else ""
+        together = f" and {place.size - 1} more together" if place.size > 1 else ""
         print(
             f"{arguments.network} network, {parameters / 1e6:.2f} M parameters, {arguments.arm}, "
             f"round {arguments.round:02d}, epochs {window.start}-{window.stop - 1}, "

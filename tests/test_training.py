@@ -1,0 +1,117 @@
+"""A training step by step: what it depends on, and numbers that overflow."""
+
+import math
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cotrain.batches import Case
+from cotrain.errors import InputError
+from cotrain.nnunet import Planned, arrays_of
+from cotrain.training import Trainer, inputs_of
+
+
+@pytest.fixture
+def trainer_in(tiny, monkeypatch):
+    """Return a function that makes a new trainer of the tiny experiment, in a number format.
+
+    fp16, too, which the settings give to GPUs alone.
+    """
+
+    def make(network: str, precision: str) -> Trainer:
+        monkeypatch.setattr("cotrain.training.precision_of", lambda *_, training: precision)
+        stage = tiny.settings.stages()[f"train_{network}"]
+        trainer = Trainer(Planned.read(tiny.preprocessed), network, stage)
+        trainer.start(None)
+        return trainer
+
+    return make
+
+
+@pytest.fixture
+def train_epoch(tiny):
+    """Return a function that trains an epoch on the labelled cases, some steps of which overflow.
+
+    As where a number is too large for fp16: the logits are infinite.
+    """
+    labelled = [
+        Case(row["case"], arrays_of(tiny.preprocessed / "labelled", row["case"]))
+        for row in tiny.rows("labelled")
+    ]
+
+    def train(trainer: Trainer, overflowing: set[int]) -> dict[str, float]:
+        compiled, steps = trainer.compiled, []
+
+        def forward(data: torch.Tensor) -> list[torch.Tensor] | torch.Tensor:
+            steps.append(len(steps))
+            logits = compiled(data)
+            if steps[-1] not in overflowing:
+                return logits
+            if isinstance(logits, list):
+                return [each * math.inf for each in logits]
+            return logits * math.inf
+
+        forward.train = compiled.train
+        trainer.compiled = forward
+        window = trainer.schedule.window(0)
+        return trainer.train_epoch(window, 0, labelled=labelled, unlabelled=[], control=True)
+
+    return train
+
+
+@pytest.mark.parametrize("network", ["2d", "3d"])
+def test_a_step_that_overflows_in_fp16_is_skipped_as_in_nnunet(network, trainer_in, train_epoch):
+    trainer = trainer_in(network, "fp16")
+    scale = trainer.scaler.get_scale()
+    row = train_epoch(trainer, {1})
+    assert math.isfinite(row["loss"])
+    assert trainer.scaler.get_scale() < scale
+    for tensor in trainer.network.state_dict().values():
+        assert torch.isfinite(tensor).all()
+
+
+def test_a_training_that_mostly_overflows_stops(trainer_in, train_epoch):
+    trainer = trainer_in("2d", "fp16")
+    count = trainer.stage.training.iterations_per_epoch
+    with pytest.raises(
+        InputError, match=r"The loss of epoch 0 is nan, or .*; lower .*learning_rate"
+    ):
+        train_epoch(trainer, set(range(count // 2 + 1)))
+
+
+def test_any_step_that_is_not_finite_stops_a_training_in_fp32(trainer_in, train_epoch):
+    with pytest.raises(InputError, match="The loss of epoch 0 is nan"):
+        train_epoch(trainer_in("2d", "fp32"), {1})
+
+
+def test_a_network_that_is_not_finite_is_never_saved(trainer_in, train_epoch):
+    trainer = trainer_in("2d", "fp16")
+    statistics = next(name for name, _ in trainer.network.named_buffers() if "running" in name)
+    with torch.no_grad():
+        trainer.network.get_buffer(statistics).fill_(math.nan)
+    with pytest.raises(InputError, match="a weight is not finite"):
+        train_epoch(trainer, set())
+
+
+@pytest.mark.parametrize(("audit", "depends"), [(None, False), (Path("audit.tsv"), True)])
+def test_a_training_that_nobody_teaches_does_not_depend_on_unlabelled_cases(
+    audit, depends, tmp_path
+):
+    # They may still be preprocessed while it trains; a new manifest must not cost its epochs.
+    for split in ("labelled", "unlabelled"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "manifest-0.tsv").touch()
+    arguments = Namespace(
+        settings=Path("s.yaml"),
+        preprocessed=tmp_path,
+        labelled=Path("l.tsv"),
+        audit=audit,
+        previous=None,
+        encoder_weights=None,
+    )
+    inputs = inputs_of(arguments)
+    assert tmp_path / "labelled" / "manifest-0.tsv" in inputs
+    assert (tmp_path / "unlabelled" / "manifest-0.tsv" in inputs) == depends
+    assert None not in inputs
