@@ -48,5 +48,6 @@ $(VENV)/ready: pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@
 
+# Not .snakemake: it holds what the results of other experiments were made with.
 clean:
-	rm -rf $(VENV) data/demo results/demo logs/demo benchmarks/demo .snakemake
+	rm -rf $(VENV) data/demo results/demo logs/demo benchmarks/demo

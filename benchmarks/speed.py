@@ -200,6 +200,7 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> Prepared:
     infer_settings = prepared.settings("infer", infer_stage("auto"))
     cotrain(
         *("export", "--checkpoint", prepared.checkpoint, *preprocessed),
+        *("--trained", prepared.checkpoint.parent / "provenance.json"),
         *("--settings", infer_settings, "--out-dir", folder / "model"),
     )
     cotrain(

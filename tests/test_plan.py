@@ -15,6 +15,7 @@ from cotrain.plan import (
     configuration_2d,
     dataset_description,
     narrowed_3d,
+    plan,
     replaced_3d,
 )
 from cotrain.settings import Network2D, Network3D, PlanStage
@@ -174,6 +175,15 @@ def test_a_missing_network_file_is_refused(tmp_path):
     wanted = Network3D(architecture=f"{tmp_path}/nowhere.py:Network")
     with pytest.raises(InputError, match=r"nowhere\.py, which does not exist"):
         replaced_3d(PLANNED, wanted, tmp_path)
+
+
+def test_a_planner_with_another_resampling_is_refused_before_anything_is_trained(tiny, tmp_path):
+    stage = tiny.settings.stages()["plan"]
+    network_3d = stage.network_3d.model_copy(update={"planner": "nnUNetPlanner_torchres"})
+    stage = stage.model_copy(update={"network_3d": network_3d})
+    with pytest.raises(InputError, match=r"resample_torch.*take a planner that keeps it"):
+        plan(stage, tiny.rows("labelled"), tmp_path / "planned", jobs=1)
+    assert not (tmp_path / "planned").exists()
 
 
 def test_the_axis_of_the_largest_spacing_comes_first(tiny):

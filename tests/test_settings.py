@@ -44,6 +44,9 @@ def changed_stages(**changes):
         ({"experiment": "a/b"}, "`experiment` is 'a/b': "),
         ({"labels": {"a": 1, "b": 3}}, "labels have the values [1, 3], wanted 1, 2, 3"),
         ({"labels": {"a": 0, "b": 1}}, "labels have the values [0, 1], wanted 1, 2, 3"),
+        ({"labels": {}}, "labels is empty; name each label"),
+        ({"labels": {"organ": 1, "ignore": 2}}, "labels lists ignore, which nnU-Net keeps"),
+        ({"labels": {"background": 0, "organ": 1}}, "labels lists background, which nnU-Net keeps"),
         ({"labels": {"a": 1, "b": 1}}, "labels have the values [1, 1], wanted 1, 2, 3"),
         ({"recipe": "paper", "cotraining": 3}, "`cotraining` is 3: "),
         (

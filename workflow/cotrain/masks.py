@@ -123,6 +123,25 @@ def open_soft(path: str | Path) -> blosc2.NDArray:
     return blosc2.open(str(path), mode="r", dparams={"nthreads": 1})
 
 
+def resampling_of_probabilities(planned: Planned) -> dict:
+    """Return how the plans resample probabilities to an image's grid.
+
+    Raises InputError where it is not nnU-Net's default, the one that is done slice by slice.
+    """
+    configuration = planned.configuration("3d").configuration
+    asked_for = {
+        "resampling_fn_probabilities": configuration["resampling_fn_probabilities"],
+        **configuration["resampling_fn_probabilities_kwargs"],
+    }
+    if asked_for != {**asked_for, **SLICE_BY_SLICE}:
+        raise InputError(
+            f"The plans resample probabilities with {asked_for}, but only nnU-Net's default "
+            f"({SLICE_BY_SLICE}) can be done slice by slice; take a planner that keeps it as "
+            "network_3d.planner."
+        )
+    return asked_for
+
+
 def labels_on_image_grid(
     slabs: Iterable[torch.Tensor], properties: dict, planned: Planned, *, depth: int
 ) -> np.ndarray:
@@ -133,21 +152,13 @@ def labels_on_image_grid(
 
     Resampled as nnU-Net's default `resample_data_or_seg_to_shape` does it for probabilities
     (linear, or along an axis of thick slices nearest), then the highest wins; but slice by slice,
-    because nnU-Net holds all classes of the fine grid in float64. Raises InputError where the plans
-    resample probabilities in another way.
+    because nnU-Net holds all classes of the fine grid in float64. Raises InputError as
+    `resampling_of_probabilities` does.
     """
     from nnunetv2.preprocessing.resampling.default_resampling import determine_do_sep_z_and_axis
 
     configuration = planned.configuration("3d")
-    asked_for = {
-        "resampling_fn_probabilities": configuration.configuration["resampling_fn_probabilities"],
-        **configuration.configuration["resampling_fn_probabilities_kwargs"],
-    }
-    if asked_for != {**asked_for, **SLICE_BY_SLICE}:
-        raise InputError(
-            f"The plans resample probabilities with {asked_for}, but only nnU-Net's default "
-            f"({SLICE_BY_SLICE}) can be done slice by slice; take a planner that keeps it."
-        )
+    asked_for = resampling_of_probabilities(planned)
     spacing_mm = [properties["spacing"][axis] for axis in planned.manager.transpose_forward]
     labels = np.zeros(properties["shape_before_cropping"], dtype=np.uint8)
     inside = labels[tuple(slice(*pair) for pair in properties["bbox_used_for_cropping"])]

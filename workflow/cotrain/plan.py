@@ -207,6 +207,8 @@ def plan(stage: PlanStage, cases: list[dict], out_dir: Path, *, jobs: int) -> No
         plan_experiments,
     )
 
+    from cotrain.masks import resampling_of_probabilities
+
     description = dataset_description(stage, cases)
     with nnunet_folders() as folder:
         write_json(description, folder / "nnUNet_raw" / DATASET_NAME / "dataset.json")
@@ -224,6 +226,8 @@ def plan(stage: PlanStage, cases: list[dict], out_dir: Path, *, jobs: int) -> No
                 "nnU-Net planned no 3D configuration: the labelled images are single slices; "
                 "give volumes of more than one slice."
             )
+        # Known only now, and needed by the first masks: not to be met after a network was trained.
+        resampling_of_probabilities(Planned(plans, description))
         planned_3d = plans["configurations"][CONFIGURATIONS["3d"]]
         if stage.network_3d.architecture is None:
             plans["configurations"] = {

@@ -311,6 +311,15 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _check_labels(self) -> "Settings":
+        # `ignore` is a label of nnU-Net's own kind: unlabelled voxels, which this loss knows not.
+        for name in ("background", "ignore"):
+            if name in self.labels:
+                raise ValueError(
+                    f"labels lists {name}, which nnU-Net keeps for itself (0 is the background and "
+                    "is not listed; voxels to ignore are not supported); remove it or rename it"
+                )
+        if not self.labels:
+            raise ValueError("labels is empty; name each label that is to be segmented: liver: 1")
         values = sorted(self.labels.values())
         if values != list(range(1, len(values) + 1)):
             raise ValueError(
