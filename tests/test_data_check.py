@@ -112,6 +112,15 @@ def test_the_list_of_a_split_is_written_alone(data, split, listed):
     assert rows["image"][1] == str(data.folder / f"{listed[1]}.nii.gz")
 
 
+def test_the_list_of_other_files_is_another_one(data):
+    lists = []
+    for fingerprint in ("one", "other", "one"):
+        folder = data.check("--list", "unlabelled", "--fingerprint", fingerprint)
+        lists.append((folder / "unlabelled.tsv").read_bytes())
+        assert list(read_table(folder / "unlabelled.tsv")["case"]) == ["case2", "case3"]
+    assert lists[0] == lists[2] != lists[1]
+
+
 def test_a_transductive_pool_has_the_test_images(data):
     rows = read_table(data.check("--list", "unlabelled", "--transductive") / "unlabelled.tsv")
     assert list(rows["case"]) == ["case2", "case3", "case4", "case5"]

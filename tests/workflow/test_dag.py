@@ -600,6 +600,22 @@ def test_a_corrected_unlabelled_image_is_segmented_anew(finished: Path, finished
     assert "labels_only/round-00/train_3d" not in plan.trained()
 
 
+def test_a_corrected_file_is_not_forgotten_where_a_run_ended_after_its_list(
+    finished: Path, finished_once: Path
+):
+    path = finished_once / "data/image_3.nii.gz"
+    before = path.stat()
+    path.write_text("corrected")
+    try:
+        words = ("--cores", "2", "--configfile", str(settings_file(finished)))
+        ran = snakemake(finished, "results/tiny/cases/unlabelled.tsv", *words)
+        assert ran.returncode == 0, ran.stderr
+        assert "cotrain/round-00/train_3d" in planned(finished).trained()
+    finally:
+        path.write_text("")
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 def test_an_added_test_case_retrains_nothing(finished: Path):
     (finished / "more.nii.gz").touch()
     with open(finished / "cases.tsv", "a") as table:

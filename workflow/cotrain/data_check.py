@@ -365,6 +365,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=SPLITS,
         help="write the list of this split; without it, the table of all cases and the page",
     )
+    parser.add_argument(
+        "--fingerprint",
+        default="",
+        help="written into the list as a comment: a list of other files is another list",
+    )
     parser.add_argument("--out-dir", type=Path, required=True, help="folder for tables and page")
     parser.add_argument("--jobs", type=int, default=1, help="cases opened side by side")
 
@@ -382,7 +387,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.list:
         rows = cases_of(table, arguments.list, transductive=arguments.transductive)
         path = out_dir / f"{arguments.list}.tsv"
-        write_table(rows, path)
+        # What follows is made anew where a list is another one, also if a file was corrected.
+        comment = f"# files: {arguments.fingerprint}\n" if arguments.fingerprint else ""
+        write_text(comment + rows.to_csv(sep="\t", index=False), path)
         print(f"{len(cases)} cases are sound, warnings: {len(warnings)}; {len(rows)} are in {path}")
         return
     write_table(dataset_table(cases, labels), out_dir / "dataset.tsv")

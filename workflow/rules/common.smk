@@ -171,7 +171,7 @@ def transductive_or_not(wildcards):
 
 
 def fingerprint_of(wildcards):
-    """Return a hash that is another one wherever the list of a split is, or an unlabelled image.
+    """Return a hash that is another one wherever the list of a split is, or an unlabelled file.
 
     Corrected files of other splits are seen by Snakemake itself. On a cluster it is asked for where
     the command was typed, and in jobs that check the data.
@@ -179,8 +179,10 @@ def fingerprint_of(wildcards):
     rows = CASES[wildcards.experiment][wildcards.split]
     told = rows.to_csv(index=False)
     if wildcards.split == "unlabelled":
+        images = [path for channels in rows["image"] for path in channels.split(";")]
         found = [
-            os.stat(path) for channels in rows["image"] for path in channels.split(";")
+            os.stat(path)
+            for path in [*images, *truths_of(wildcards.experiment, "unlabelled")]
         ]
         told += str([(each.st_size, each.st_mtime_ns) for each in found])
     return hashlib.sha256(told.encode()).hexdigest()

@@ -41,7 +41,8 @@ rule check_data:
         mem_mb=memory(4000),
         runtime=120,
     params:
-        # Tells Snakemake that the list is another one; the table itself may hold other news.
+        # Tells Snakemake that the list is another one (the table itself may hold other news), and is
+        # part of the list: a run that ended after it would forget that a file was corrected.
         listed=fingerprint_of,
         table=lambda wildcards: str(settings_of(wildcards).cases),
         data_folder=data_folder_of,
@@ -55,6 +56,7 @@ rule check_data:
             --data-folder {params.data_folder:q} \
             --labels {params.labels:q} \
             --list {wildcards.split} \
+            --fingerprint {params.listed} \
             --out-dir {params.out_dir:q} \
             --jobs {threads} \
             {params.transductive} \
