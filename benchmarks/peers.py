@@ -3,9 +3,10 @@
     python benchmarks/peers.py --peer mean_teacher --experiment results/NAME --epochs 108 \\
         --out-dir results/NAME_mean_teacher
 
-Takes the experiment's plans, arrays, labelled cases, seed and settings of the 3D network, so that
-only the method differs. Unlabelled patches have no masks on disk here: what they are taught is
-computed in each step.
+Takes the experiment's plans, arrays, labelled cases, seed and settings of the 3D network.
+Unlabelled patches have no masks on disk here: what they are taught is computed in each step. So
+two things differ beside the method: no unlabelled patch is aimed at foreground, and the rates fall
+once over all epochs, as is usual for these methods, instead of restarting.
 
 - **mean_teacher** (Tarvainen & Valpola 2017): the moving average of the network's own weights sees
   the patch with noise on it, and its probabilities are the target.

@@ -45,6 +45,8 @@ def devices_of(compute: Compute, *, count: int) -> list[torch.device]:
         devices = [torch.device("cuda", number) for number in free_gpus(count)]
         # Else the threads that pin memory would open the first GPU, too.
         torch.cuda.set_device(devices[0])
+        # As nnU-Net does, because all patches of a network have one shape.
+        torch.backends.cudnn.benchmark = True
         return devices
     if compute.device == "cuda":
         raise InputError(

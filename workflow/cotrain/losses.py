@@ -10,7 +10,8 @@ class DiceAndSoftCrossEntropy(nn.Module):
     """nnU-Net's soft Dice (foreground) plus cross-entropy, with probabilities as target.
 
     The cross-entropy equals the paper's KL divergence up to the target's own entropy, which has no
-    gradient. For one-hot targets this is nnU-Net's stock loss.
+    gradient. For one-hot targets the loss of the finest output is nnU-Net's stock one; coarser ones
+    differ at borders, where nnU-Net takes the nearest voxel's label.
 
     forward: logits `(B, K, ...)` or a list of them from fine to coarse (deep supervision); target
     `(B, K, ...)` float32 on the finest grid, averaged down to each coarser one. Deep supervision

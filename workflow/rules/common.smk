@@ -702,6 +702,12 @@ def processes_of_training(wildcards):
     return settings_of(wildcards).compute.gpus_per_training
 
 
+def threads_of_training(wildcards):
+    """Return the cores of a training: for a GPU as many as nnU-Net makes batches with by default."""
+    on_gpu = settings_of(wildcards).compute.device == "cuda"
+    return (12 if on_gpu else 4) * processes_of_training(wildcards)
+
+
 def memory(mem_mb):
     """Return a function for the main memory of a job, in MB; a retry asks for more."""
     return lambda wildcards, attempt: attempt * mem_mb

@@ -27,7 +27,7 @@ rule train:
     conda:
         "../../envs/cotrain.yaml"
     # Fewer cores give fewer threads; with 8 cores both arms train side by side.
-    threads: lambda wildcards: 4 * processes_of_training(wildcards)
+    threads: threads_of_training
     resources:
         mem_mb=lambda wildcards, attempt: (
             network_mem_mb(wildcards, attempt) * processes_of_training(wildcards)
