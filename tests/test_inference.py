@@ -18,6 +18,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from cotrain.__main__ import main
 from cotrain.errors import InputError
+from cotrain.files import read_table, sha256_of
 from cotrain.inference import logit_slabs, soft_mask_of, windows
 from cotrain.masks import confidence_of, labels_on_image_grid, quantised, with_background
 from cotrain.merge import mean_of
@@ -334,6 +335,33 @@ def test_cases_of_another_shard_preprocessed_meanwhile_discard_nothing(
     finally:
         other.unlink()
     assert "Resuming after" in capsys.readouterr().out
+
+
+def test_a_finished_mask_that_was_edited_or_deleted_is_made_again(
+    tiny, pseudo_masks, cotrain, tmp_path, capsys
+):
+    words = [
+        *("merge", "--masks", pseudo_masks, pseudo_masks, "--preprocessed", tiny.preprocessed),
+        *("--split", "unlabelled", "--cases", tiny.tables["unlabelled"], "--out-dir", tmp_path),
+    ]
+    cotrain(*words)
+    as_made = content_of(tmp_path)
+    cases = [row["case"] for row in tiny.rows("unlabelled")]
+    edited = tmp_path / f"{cases[0]}.nii.gz"
+    edited.unlink()
+    shutil.copy(tmp_path / f"{cases[1]}.nii.gz", edited)
+    (tmp_path / f"{cases[2]}.b2nd").unlink()
+    # As the audit that refused them says.
+    (tmp_path / "manifest-0.tsv").unlink()
+    capsys.readouterr()
+    cotrain(*words)
+    assert "Resuming after 2 finished cases" in capsys.readouterr().out
+    assert content_of(tmp_path) == as_made
+    manifest = read_table(tmp_path / "manifest-0.tsv")
+    assert list(manifest["case"]) == cases
+    for row in manifest.to_dict("records"):
+        assert row["mask_sha256"] == sha256_of(tmp_path / row["mask"])
+        assert row["soft_sha256"] == sha256_of(tmp_path / row["soft"])
 
 
 def test_a_changed_checkpoint_discards_finished_cases(

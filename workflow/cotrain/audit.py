@@ -113,9 +113,9 @@ def check_unedited(masks: Path, made: dict) -> Path:
     mask = masks / made["mask"]
     if not mask.is_file() or sha256_of(mask) != made["mask_sha256"]:
         raise InputError(
-            f"{mask} is missing or was edited in place; put the original back (delete "
-            f"{masks / 'manifest-*.tsv'} to infer the set again), save the corrected mask as a new "
-            "file and register it in review.tsv with the verdict replace."
+            f"{mask} is missing or was edited in place; put the original back (or delete "
+            f"{masks / 'manifest-*.tsv'}, and the same command makes this mask again), save the "
+            "corrected mask as a new file and register it in review.tsv with the verdict replace."
         )
     return mask
 

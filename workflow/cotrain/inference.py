@@ -276,6 +276,9 @@ def make_mask_set(
             inputs=inputs,
             **facts,
         )
+        # In the order of the cases, even where one in their midst was made again.
+        place = {row["case"]: number for number, row in enumerate(rows)}
+        manifest.sort(key=lambda made: place[made["case"]])
         write_table(pd.DataFrame(manifest, columns=MANIFEST_COLUMNS), manifest_path)
         # The finished cases stay noted: should Snakemake delete the manifest, which it does after a
         # kill, it is written again in seconds and to the same bytes.
@@ -304,13 +307,26 @@ def _kept_soft(
 
 
 def _finished_rows(path: Path) -> list[dict]:
-    """Return the manifest rows of finished cases; a line cut short by a kill does not count."""
+    """Return the manifest rows of finished cases whose files are there as they were made.
+
+    path: `work/shard-N.finished.jsonl` of a mask set. A line cut short by a kill does not count.
+    """
     if not path.is_file():
         return []
     lines = path.read_text().split("\n")
     rows = [json.loads(line) for line in lines[:-1]]
+    # One edited or deleted is made again: an audit that refused it says how to get there.
+    rows = [row for row in rows if _is_whole(row, path.parents[1])]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
+
+
+def _is_whole(made: dict, folder: Path) -> bool:
+    """Return whether the files of a manifest row are in the mask set's folder, unchanged."""
+    return all(
+        (folder / made[file]).is_file() and sha256_of(folder / made[file]) == made[f"{file}_sha256"]
+        for file in ("mask", "soft")
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
