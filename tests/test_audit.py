@@ -59,7 +59,6 @@ def test_every_mask_is_accepted_unless_something_speaks_against_it(audit, masks)
     table = audit()
     assert list(table.index) == ["coarse_u", "flipped_u", "oblique_u", "straight_u"]
     assert (table["accepted"] == "true").all()
-    assert (table["weight"] == "1").all()
     assert table.loc["flipped_u", "soft_sha256"] == sha256_of(masks / "flipped_u.b2nd")
 
 

@@ -29,7 +29,7 @@ EVALUATION_COLUMNS = (
     "case", "label", "dice", "jaccard", "hd95_mm", "asd_mm", "hd95_voxel", "asd_voxel",
 )  # fmt: skip
 AUDIT_COLUMNS = (
-    "case", "mask", "soft", "accepted", "weight", "reason", "confidence", "volume_ml", "truth_dice",
+    "case", "mask", "soft", "accepted", "reason", "confidence", "volume_ml", "truth_dice",
 )  # fmt: skip
 CURVE_COLUMNS = (
     "epoch", "round", "loss", "learning_rate", "share_wanted", "share_realised", "seconds",
@@ -213,9 +213,9 @@ def experiment(tmp_path):
                 round_folder / "audit/train_3d.tsv",
                 AUDIT_COLUMNS,
                 [
-                    ("u1", "u1.nii.gz", "u1.b2nd", "true", 1, "", 0.9, 20, 0.8),
-                    ("u2", "u2.nii.gz", "u2.b2nd", "true", 1, "", 0.8, 20, ""),
-                    ("u3", "u3.nii.gz", "u3.b2nd", "false", 0, "empty", 0, 0, 0.0),
+                    ("u1", "u1.nii.gz", "u1.b2nd", "true", "", 0.9, 20, 0.8),
+                    ("u2", "u2.nii.gz", "u2.b2nd", "true", "", 0.8, 20, ""),
+                    ("u3", "u3.nii.gz", "u3.b2nd", "false", "empty", 0, 0, 0.0),
                 ],
             )
         )
@@ -383,9 +383,9 @@ def test_the_overlay_page_begins_with_the_least_confident_mask(two_volumes):
         folder / "round-01/audit/train_3d.tsv",
         AUDIT_COLUMNS,
         [
-            ("sure", paths["mask"], "s", "true", 1, "", 0.95, 1.5, 0.9),
-            ("unsure", paths["mask"], "s", "true", 0.5, "", 0.6, 1.5, ""),
-            ("empty", paths["empty"], "s", "false", 0, "no <foreground>", 0, 0, 0.0),
+            ("sure", paths["mask"], "s", "true", "", 0.95, 1.5, 0.9),
+            ("unsure", paths["mask"], "s", "true", "", 0.6, 1.5, ""),
+            ("empty", paths["empty"], "s", "false", "no <foreground>", 0, 0, 0.0),
         ],
     )
     cases = write_table(
@@ -404,8 +404,8 @@ def test_the_overlay_page_begins_with_the_least_confident_mask(two_volumes):
     assert [row[1] for row in (first, second, third)] == ["empty", "unsure", "sure"]
     assert page.pictures == [0, 1, 1, 0]
     assert third[0] == "not drawn"
-    assert first[2:6] == ["0.0", "0.0", "no, weight 0: no <foreground>", "0.0"]
-    assert second[2:6] == ["60.0", "1.5", "yes, weight 0.5", "not known"]
+    assert first[2:6] == ["0.0", "0.0", "no: no <foreground>", "0.0"]
+    assert second[2:6] == ["60.0", "1.5", "yes", "not known"]
     assert page.links[0] == "../../empty.nii.gz"
     assert "itksnap -g ../../image.nii.gz -s ../../empty.nii.gz" in first[6]
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)

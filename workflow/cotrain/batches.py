@@ -36,13 +36,12 @@ class Case:
     """A case a network trains on.
 
     arrays: path of the preprocessed case without suffix. soft: its teacher's soft mask, or None
-    for a labelled case. weight: relative chance of an unlabelled case to be drawn.
+    for a labelled case.
     """
 
     name: str
     arrays: str
     soft: str | None = None
-    weight: float = 1.0
 
 
 def seed_everything(*words: int) -> None:
@@ -154,8 +153,6 @@ class BatchSource(torch.utils.data.Dataset):
             configuration, mirroring=mirroring, adjacent_slices=self.adjacent_slices
         )
         self.labelled, self.unlabelled = labelled, unlabelled
-        weights = np.array([case.weight for case in unlabelled])
-        self.chances = weights / weights.sum() if unlabelled else weights
         self.counts, self.seed, self.epoch = counts, seed, epoch
         self.stream = STREAMS[network]
         # Only its choice of patches is used; it reads sizes, not data.
@@ -183,7 +180,10 @@ class BatchSource(torch.utils.data.Dataset):
             if slot < self.batch_size - self.counts[iteration]:
                 case = self.labelled[np.random.randint(len(self.labelled))]
             else:
-                case = self.unlabelled[np.random.choice(len(self.unlabelled), p=self.chances)]
+                # With chances, though equal: without them numpy draws other numbers, and a training
+                # that was begun before would go on with other cases.
+                equal = np.full(len(self.unlabelled), 1 / len(self.unlabelled))
+                case = self.unlabelled[np.random.choice(len(equal), p=equal)]
             image, probabilities = self._sample(case, aimed=aimed_slots[slot] >= random_slots)
             data.append(image)
             target.append(probabilities)

@@ -279,8 +279,6 @@ def overlay_page(
     for mask in audit.to_dict("records"):
         case = mask["case"]
         accepted = "yes" if mask["accepted"] == "true" else "no"
-        if mask["weight"] not in ("", "1", "1.0"):
-            accepted += f", weight {mask['weight']}"
         if mask["reason"]:
             accepted += f": {mask['reason']}"
         cells = [

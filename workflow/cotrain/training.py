@@ -374,12 +374,7 @@ def accepted_cases(audit: Path, preprocessed: Path) -> list[Case]:
                 "(to correct a mask, register a new file in review.tsv, see results/README.md)."
             )
         cases.append(
-            Case(
-                row["case"],
-                arrays_of(preprocessed / "unlabelled", row["case"]),
-                row["soft"],
-                float(row["weight"]),
-            )
+            Case(row["case"], arrays_of(preprocessed / "unlabelled", row["case"]), row["soft"])
         )
     return cases
 

@@ -18,7 +18,7 @@ rule write_verdicts:
 
 
 rule audit:
-    """Decide which masks this network may learn from in this round, and with which weight."""
+    """Decide which masks this network may learn from in this round."""
     input:
         manifests=manifests_of_teaching_masks,
         source_manifests=manifests_behind_teaching_masks,
