@@ -11,7 +11,7 @@ import pytest
 from medpy.metric.binary import dc
 
 from cotrain.__main__ import main
-from cotrain.audit import true_dice, verdict_on
+from cotrain.audit import learnt_from, true_dice, verdict_on
 from cotrain.files import read_table, sha256_of
 from cotrain.training import accepted_cases
 
@@ -101,6 +101,23 @@ def test_an_excluded_mask_is_not_learnt(audit, tiny, tmp_path):
     assert table.loc["flipped_u", "reason"] == "exclude by a reader 2025-01-01"
     learnt = accepted_cases(tmp_path / "audit" / "train_3d.tsv", tiny.preprocessed)
     assert [case.name for case in learnt] == ["coarse_u", "oblique_u", "straight_u"]
+
+
+def test_only_what_is_learnt_is_another_training(audit, tiny, tmp_path):
+    table = tmp_path / "audit" / "train_3d.tsv"
+    audit(verdict("flipped_u", "exclude"))
+    one_excluded = learnt_from(table)
+    others = [verdict(case, "accept") for case in ("coarse_u", "oblique_u", "straight_u")]
+    reasons = audit(("flipped_u", "0", "pseudo_2d", "exclude", "", "another", "")).loc[:, "reason"]
+    assert reasons["flipped_u"] == "exclude by another"
+    assert learnt_from(table) == one_excluded
+    audit(verdict("flipped_u", "exclude"), *others)
+    assert learnt_from(table) == one_excluded
+    audit()
+    all_four = learnt_from(table)
+    assert all_four != one_excluded
+    audit(verdict("flipped_u", "replace", tiny.rows("unlabelled")[1]["label"]))
+    assert learnt_from(table) not in (all_four, one_excluded)
 
 
 def test_the_last_verdict_on_a_mask_counts_and_other_rounds_and_masks_do_not(audit):

@@ -5,6 +5,7 @@ unaudited mask. A mask that was edited in place is refused by its hash.
 """
 
 import argparse
+import hashlib
 import re
 from pathlib import Path
 
@@ -155,6 +156,16 @@ def audit_row(
         "volume_ml": made["volume_ml"],
         "truth_dice": truth_dice,
     }
+
+
+def learnt_from(audit: Path) -> str:
+    """Return a hash of what a training learns from an audit table: the accepted soft masks.
+
+    Who judged a mask, when and why may change without a word to the network.
+    """
+    table = read_table(audit)
+    learnt = table.loc[table["accepted"] == "true", ["case", "soft_sha256"]]
+    return hashlib.sha256(learnt.to_csv(sep="\t", index=False).encode()).hexdigest()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
