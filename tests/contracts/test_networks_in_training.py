@@ -18,7 +18,7 @@ import torch
 from medpy.metric.binary import dc
 
 from cotrain.__main__ import main
-from cotrain.files import sha256_of
+from cotrain.files import read_table, sha256_of
 from cotrain.plan import configuration_2d
 from cotrain.settings import Network2D
 
@@ -204,6 +204,30 @@ def test_the_control_trains_at_the_same_rates_on_labels_alone(tiny, train, train
     assert curve["epoch"].tolist() == control["epoch"].tolist() == [0, 1, 2, 3]
     assert curve["share_realised"].tolist() == curve["share_wanted"].tolist() == [0.5] * 4
     assert control["share_realised"].tolist() == control["share_wanted"].tolist() == [0] * 4
+
+
+def test_a_verdict_that_changes_nothing_learnt_trains_no_epoch_again(
+    tiny, train, cotrain, audit_table, tmp_path, capsys
+):
+    audit = tmp_path / "audit.tsv"
+    audit.write_text(audit_table.read_text())
+    taught = train(
+        tiny, "3d", tmp_path / "taught", *("--arm", "cotrain", "--round", 0, "--audit", audit)
+    )
+    before = taught.checkpoint.read_bytes()
+    table = read_table(audit).assign(reason="accept by a reader")
+    table.to_csv(audit, sep="\t", index=False)
+    # As Snakemake does before it starts a step again.
+    taught.checkpoint.unlink()
+    capsys.readouterr()
+    cotrain(*taught.words)
+    assert "Resuming after epoch 3" in capsys.readouterr().out
+    # To the byte, or the masks of this round would be inferred again.
+    assert taught.checkpoint.read_bytes() == before
+    table.assign(accepted=["false", "true", "true", "true"]).to_csv(audit, sep="\t", index=False)
+    taught.checkpoint.unlink()
+    cotrain(*taught.words)
+    assert "Resuming" not in capsys.readouterr().out
 
 
 def test_a_round_that_no_mask_may_teach_stops_with_a_sentence(

@@ -22,6 +22,7 @@ from timm.utils import ModelEmaV3
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cotrain.audit import learnt_from
 from cotrain.batches import STREAMS, BatchSource, Case, batches, seed_everything
 from cotrain.device import arrange_for_cpu, autocast, device_of, devices_of, precision_of
 from cotrain.errors import InputError
@@ -446,7 +447,11 @@ def run(arguments: argparse.Namespace) -> None:
         # Another number format would go on with other bits, without a word.
         "device": device.type,
         "precision": precision_of(stage.compute, device, training=True),
-        "inputs": {str(path): sha256_of(path) for path in inputs},
+        # Of the audit, what is learnt: a verdict that changes nothing must not train again.
+        "inputs": {
+            str(path): learnt_from(path) if path == arguments.audit else sha256_of(path)
+            for path in inputs
+        },
     }
     with WorkFolder(arguments.out_dir / "work", identity) as work:
         checkpoint = arguments.out_dir / "checkpoint.pth"
