@@ -421,12 +421,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--encoder-weights", type=Path, help="pretrained weights of the encoder")
     parser.add_argument("--out-dir", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--threads", type=int, default=1, help="CPU cores to use")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=None,
-        help="processes that make batches; default: none on a CPU, else threads - 1",
-    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -435,18 +429,16 @@ def run(arguments: argparse.Namespace) -> None:
     _share_threads(arguments.threads, stage.compute.gpus_per_training)
     planned = Planned.read(arguments.preprocessed)
     devices = devices_of(stage.compute, count=stage.compute.gpus_per_training)
-    device = devices[0]
-    workers = arguments.workers
-    if workers is None:
-        threads = arguments.threads // stage.compute.gpus_per_training
-        workers = max(1, threads - 1) if device.type == "cuda" else 0
+    # Processes that make batches beside this one; on a CPU they would take its cores.
+    threads = arguments.threads // stage.compute.gpus_per_training
+    workers = max(1, threads - 1) if devices[0].type == "cuda" else 0
     inputs = inputs_of(arguments)
     identity = {
         "arm": arguments.arm,
         "round": arguments.round,
         # Another number format would go on with other bits, without a word.
-        "device": device.type,
-        "precision": precision_of(stage.compute, device, training=True),
+        "device": devices[0].type,
+        "precision": precision_of(stage.compute, devices[0], training=True),
         # Of the audit, what is learnt: a verdict that changes nothing must not train again.
         "inputs": {
             str(path): learnt_from(path) if path == arguments.audit else sha256_of(path)
