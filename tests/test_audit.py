@@ -230,6 +230,20 @@ def test_a_review_without_a_column_is_refused(audit, tmp_path):
     assert "lacks the columns masks, mask; wanted case, round" in message
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "review.tsv is not a table that can be read (No columns"),
+        ("{head}\n{row}\n{row}\t\n", "not a table that can be read (Error tokenizing"),
+        ("{head}\n{row}\t\n{row}\t\n", "the rows have more cells than the 7 headings"),
+    ],
+)
+def test_what_an_editor_makes_of_a_review_is_refused(audit, tmp_path, text, sentence):
+    row = "\t".join(verdict("flipped_u", "exclude"))
+    (tmp_path / "review.tsv").write_text(text.format(head="\t".join(REVIEW), row=row))
+    assert sentence in audit(more=("--review", tmp_path / "review.tsv"))
+
+
 def test_a_soft_mask_that_changed_after_the_audit_is_not_learnt(audit, masks, tiny, tmp_path):
     audit()
     (masks / "coarse_u.b2nd").write_bytes((masks / "flipped_u.b2nd").read_bytes())

@@ -65,6 +65,9 @@ def test_a_row_changes_what_its_cells_say_and_nothing_else(tmp_path):
         ("experiment cotraining.teacher\none [\n", "not YAML"),
         ("experiment seed\none many\n", "experiment one: `seed` is 'many'"),
         ("experiment seed\n 1\n", "row without a name"),
+        ("", "not a table that can be read"),
+        ("experiment seed\none 1\ntwo 2 3\n", "Expected 2 fields in line 3, saw 3"),
+        ("experiment seed\none 1 \ntwo 2 \n", "more cells than the 2 headings"),
     ],
 )
 def test_a_mistake_in_the_table_is_told_with_its_place(tmp_path, text, sentence):

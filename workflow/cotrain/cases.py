@@ -87,20 +87,7 @@ def check_files_exist(cases: pd.DataFrame, *, table: str | Path, data_folder: st
 
 def _read_text(table: Path) -> pd.DataFrame:
     """Return the four columns as stripped text; raises InputError where they are not there."""
-    try:
-        frame = read_table(table)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{table} is not a table that can be read ({str(error).strip()}); save it as UTF-8 "
-            "text with tabs (.tsv) or commas (.csv) between the columns."
-        ) from None
-    # pandas takes surplus cells for an index, which shifts every column by one
-    if not isinstance(frame.index, pd.RangeIndex):
-        raise InputError(
-            f"{table}: the rows have more cells than the {len(frame.columns)} headings; remove "
-            "the surplus separators."
-        )
-    frame = frame.rename(columns=str.strip)
+    frame = read_table(table).rename(columns=str.strip)
     for column in COLUMNS:
         if column not in frame.columns:
             raise InputError(_missing_column(column, list(frame.columns), table))

@@ -62,7 +62,8 @@ def read_table(path: str | Path) -> pd.DataFrame:
 
     Lines that start with # are comments; a # elsewhere is part of its cell.
 
-    Raises InputError where the file is missing, or separated by what its name does not say.
+    Raises InputError where the file is missing, no table, or separated by what its name does not
+    say.
     """
     path = Path(path)
     if not path.is_file():
@@ -70,15 +71,36 @@ def read_table(path: str | Path) -> pd.DataFrame:
             f"The table {path} does not exist in {Path.cwd()}; give the path of a TSV or CSV file."
         )
     separator = "," if path.suffix == ".csv" else "\t"
-    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    try:
+        text = path.read_text()
+    except UnicodeDecodeError as error:
+        raise _no_table(path, error) from None
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
     there = [name for sign, name in SEPARATORS.items() if lines and sign in lines[0]]
     if there and SEPARATORS[separator] not in there:
         raise InputError(
             f"{path} has {there[0]} between its columns, wanted {SEPARATORS[separator]}; save it "
             "as UTF-8 text with tabs (.tsv) or commas (.csv)."
         )
-    return pd.read_csv(
-        io.StringIO("\n".join(lines)), sep=separator, dtype=str, keep_default_na=False
+    try:
+        frame = pd.read_csv(
+            io.StringIO("\n".join(lines)), sep=separator, dtype=str, keep_default_na=False
+        )
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise _no_table(path, error) from None
+    # pandas takes surplus cells for an index, which shifts every column by one.
+    if not isinstance(frame.index, pd.RangeIndex):
+        raise InputError(
+            f"{path}: the rows have more cells than the {len(frame.columns)} headings; remove the "
+            "surplus separators."
+        )
+    return frame
+
+
+def _no_table(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{path} is not a table that can be read ({str(error).strip()}); save it as UTF-8 text "
+        "with tabs (.tsv) or commas (.csv) between the columns."
     )
 
 
