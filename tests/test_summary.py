@@ -265,6 +265,22 @@ def test_the_summary_has_rounds_finals_gain_teachers_and_note(experiment, capsys
         assert (folder / "summary" / picture).read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_mean_of_both_co_trained_networks_is_held_against_that_of_the_control(experiment):
+    folder, _, _ = experiment
+    summary = folder / "summary/summary.txt"
+    assert summarise(folder) == 0
+    assert "The mean of the two co-trained" not in summary.read_text()
+    # Over the control's 85, 75 and 64: 2, 4 and 3 points, half the interval is 2.484.
+    write_evaluation(
+        folder / "evaluation", "cotrain_mean_round-01", {"a": 0.87, "b": 0.79, "c": 0.67}
+    )
+    assert summarise(folder) == 0
+    assert (
+        "The mean of the two co-trained networks beat the mean of the two label-only networks by "
+        "3.0 points of Dice (95 % interval +0.5 to +5.5, paired over 3 test cases).\n"
+    ) in summary.read_text()
+
+
 def test_without_a_control_the_gain_is_said_to_be_unknown(tmp_path, capsys):
     write_evaluation(tmp_path / "evaluation", "cotrain_3d_round-00", {"a": 0.7, "b": 0.8})
     assert summarise(tmp_path) == 0

@@ -377,6 +377,12 @@ def _gain_part(scored: Mapping[Trained, pd.DataFrame]) -> str:
             sentences.append(verdict(gain, of=of, over=over))
         else:
             sentences.append(f"{of} against {over}: not known, the {baseline} was not evaluated.")
+    # What `cotrain predict` makes, against the best that labels alone give in the same steps.
+    means = [scored.get(Trained(arm, "mean", last)) for arm in (CO_TRAINED, CONTROL)]
+    if all(cases is not None for cases in means):
+        gain = paired_gain(*(cases["dice"] for cases in means))
+        of = "The mean of the two co-trained networks"
+        sentences.append(verdict(gain, of=of, over="the mean of the two label-only networks"))
     control = scored.get(Trained(CONTROL, "3d", last))
     worst = f"Worst case of the co-trained 3D network: {_worst(final)}"
     if control is not None:
