@@ -1,6 +1,7 @@
 """Inference: stock nnU-Net's windows and logits, masks in the right place, resuming by cases."""
 
 import copy
+import json
 import shutil
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from cotrain.inference import logit_slabs, soft_mask_of, windows
 from cotrain.masks import confidence_of, labels_on_image_grid, quantised, with_background
 from cotrain.merge import mean_of
 from cotrain.nnunet import Planned
+from cotrain.predict import final_checkpoints
 from cotrain.settings import Inference
 
 CPU = torch.device("cpu")
@@ -385,3 +387,28 @@ def test_a_changed_checkpoint_discards_finished_cases(
 
 def test_a_checkpoint_of_the_other_network_is_refused(tiny, trained_3d, infer_words, tmp_path):
     assert main(infer_words(tiny, "2d", trained_3d.checkpoint, tmp_path)) == 2
+
+
+# ------------------------------------------------------------------------------ prediction
+
+
+def test_networks_that_did_not_end_the_same_run_are_not_averaged(tmp_path):
+    made = {
+        "2d": tmp_path / "cotrain/round-01/train_2d/checkpoint.pth",
+        "3d": tmp_path / "cotrain/round-02/train_3d/checkpoint.pth",
+        "plans": tmp_path / "preprocessed/plans.json",
+    }
+    for name, path in made.items():
+        path.parent.mkdir(parents=True)
+        path.write_text(name)
+    # Of paths as they were where the workflow ran.
+    inputs = {f"results/x/{path.relative_to(tmp_path)}": sha256_of(path) for path in made.values()}
+    note = {"training": {"round": 2, "settings": {"last_round": 2}}, "inputs": inputs}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/provenance.json").write_text(json.dumps(note))
+    assert final_checkpoints(tmp_path) == {"2d": made["2d"], "3d": made["3d"]}
+    for name, path in made.items():
+        path.write_text("of a round that was trained again")
+        with pytest.raises(InputError, match=f"{path} is not the one that .* was written with"):
+            final_checkpoints(tmp_path)
+        path.write_text(name)

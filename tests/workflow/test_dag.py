@@ -462,6 +462,16 @@ def test_every_round_goes_on_from_the_round_before(project: Path):
     }
 
 
+@pytest.mark.parametrize(("last_epochs", "last_of_3d"), [(0, "01"), (100, "02")])
+def test_the_model_is_noted_with_the_2d_network_that_ended_the_run(
+    project: Path, last_epochs: int, last_of_3d: str
+):
+    (export,) = planned(project, cotraining__last_epochs=last_epochs).of("export")
+    rounds = "results/tiny/cotrain/round"
+    assert export["--checkpoint"] == f"{rounds}-{last_of_3d}/train_3d/checkpoint.pth"
+    assert export["--averaged-with"] == f"{rounds}-01/train_2d/checkpoint.pth"
+
+
 # -------------------------------------------------------------------------- what runs again
 
 

@@ -19,6 +19,11 @@ TRAINER = "nnUNetTrainer"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `cotrain export`."""
     parser.add_argument("--checkpoint", type=Path, required=True, help="3D training checkpoint")
+    parser.add_argument(
+        "--averaged-with",
+        type=Path,
+        help="2D training checkpoint that ended the same run; not exported, its hash is noted",
+    )
     parser.add_argument("--trained", type=Path, required=True, help="provenance of the checkpoint")
     parser.add_argument("--preprocessed", type=Path, required=True, help="folder of the plans")
     parser.add_argument("--settings", type=Path, required=True, help="settings of inference")
@@ -67,7 +72,16 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.out_dir / "provenance.json",
         settings=stage,
         seed=trained["seed"],
-        inputs=[arguments.checkpoint, arguments.preprocessed / "plans.json"],
+        # Also the 2D network: `cotrain predict` averages the two that ended the same run.
+        inputs=[
+            path
+            for path in (
+                arguments.checkpoint,
+                arguments.averaged_with,
+                arguments.preprocessed / "plans.json",
+            )
+            if path is not None
+        ],
         # This folder is sent around, the one of the checkpoint is not.
         training=trained,
     )

@@ -14,7 +14,7 @@ import pandas as pd
 from cotrain import inference, merge, preprocess
 from cotrain.data_check import all_examined, refuse
 from cotrain.errors import InputError
-from cotrain.files import write_table
+from cotrain.files import sha256_of, write_table
 from cotrain.make_table import add_image_arguments, images_of
 from cotrain.nnunet import Planned
 
@@ -22,7 +22,8 @@ from cotrain.nnunet import Planned
 def final_checkpoints(experiment: Path) -> dict[str, Path]:
     """Return the checkpoints that a finished experiment ends with, by network.
 
-    Raises InputError where it is not finished: the 3D network is then not the exported one.
+    Raises InputError where it is not finished, or where a checkpoint or the plans are not those
+    that the model was exported with: the networks are then of different runs.
     """
     note = experiment / "model" / "provenance.json"
     if not note.is_file():
@@ -30,7 +31,8 @@ def final_checkpoints(experiment: Path) -> dict[str, Path]:
             f"{note} does not exist, so {experiment} is not the folder of a finished experiment; "
             "give results/<experiment>, or let the workflow finish (`cotrain status`)."
         )
-    training = json.loads(note.read_text())["training"]
+    exported = json.loads(note.read_text())
+    training = exported["training"]
     last = training["round"]
     # A last training is of 3D alone; 2D is then as the round before left it.
     of_2d = last if training["settings"]["last_round"] is None else last - 1
@@ -38,11 +40,17 @@ def final_checkpoints(experiment: Path) -> dict[str, Path]:
         network: experiment / f"cotrain/round-{round_:02d}/train_{network}/checkpoint.pth"
         for network, round_ in (("2d", of_2d), ("3d", last))
     }
-    for checkpoint in checkpoints.values():
-        if not checkpoint.is_file():
+    for file in (*checkpoints.values(), experiment / "preprocessed" / "plans.json"):
+        if not file.is_file():
             raise InputError(
-                f"{checkpoint} is missing; let the workflow make it again, or copy the whole "
+                f"{file} is missing; let the workflow make it again, or copy the whole "
                 f"folder {experiment}."
+            )
+        # By content: the folder may lie elsewhere now.
+        if sha256_of(file) not in exported["inputs"].values():
+            raise InputError(
+                f"{file} is not the one that {note} was written with, so the networks may be of "
+                "different runs; let the workflow finish (type its command again)."
             )
     return checkpoints
 

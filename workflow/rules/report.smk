@@ -110,6 +110,15 @@ rule export:
     """Write the last co-trained 3D network as a plain nnU-Net model folder."""
     input:
         checkpoint=last_checkpoint,
+        averaged_with=lambda wildcards: expand(
+            "{folder}/train_2d/checkpoint.pth",
+            folder=folder_of_round(
+                wildcards.experiment,
+                "cotrain",
+                "2d",
+                all_rounds_of(wildcards.experiment)[-1],
+            ),
+        ),
         trained=last_provenance,
         plans="results/{experiment}/preprocessed/plans.json",
         dataset="results/{experiment}/preprocessed/dataset.json",
@@ -138,6 +147,7 @@ rule export:
         r"""
         cotrain export \
             --checkpoint {input.checkpoint:q} \
+            --averaged-with {input.averaged_with:q} \
             --trained {input.trained:q} \
             --preprocessed {params.preprocessed:q} \
             --settings {input.settings:q} \
