@@ -24,7 +24,7 @@ from cotrain.inference import logit_slabs, soft_mask_of, windows
 from cotrain.masks import confidence_of, labels_on_image_grid, quantised, with_background
 from cotrain.merge import mean_of
 from cotrain.nnunet import Planned
-from cotrain.predict import final_checkpoints
+from cotrain.predict import final_checkpoints, stage_on
 from cotrain.settings import Inference
 
 CPU = torch.device("cpu")
@@ -412,3 +412,23 @@ def test_networks_that_did_not_end_the_same_run_are_not_averaged(tmp_path):
         with pytest.raises(InputError, match=f"{path} is not the one that .* was written with"):
             final_checkpoints(tmp_path)
         path.write_text(name)
+
+
+def test_prediction_takes_another_device_and_says_how_where_there_is_no_gpu(
+    tiny, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "settings").mkdir()
+    of_the_run = {"device": "cuda", "precision": "fp32"}
+    settings = tiny.stage("infer", tmp_path / "settings", compute=of_the_run)
+    with pytest.raises(InputError) as refused:
+        stage_on(None, tmp_path)
+    assert "torch sees no GPU here; go where" in str(refused.value)
+    assert "--device cpu" in str(refused.value)
+    assert "set compute.device" not in str(refused.value)
+    as_it_was = settings.read_text()
+    assert stage_on("cpu", tmp_path).compute.model_dump() == of_the_run | {
+        "device": "cpu",
+        "gpus_per_training": 1,
+    }
+    assert settings.read_text() == as_it_was

@@ -13,10 +13,12 @@ import pandas as pd
 
 from cotrain import inference, merge, preprocess
 from cotrain.data_check import all_examined, refuse
+from cotrain.device import device_of
 from cotrain.errors import InputError
-from cotrain.files import sha256_of, write_table
+from cotrain.files import sha256_of, write_table, write_text
 from cotrain.make_table import add_image_arguments, images_of
 from cotrain.nnunet import Planned
+from cotrain.settings import InferStage, as_yaml, load
 
 
 def final_checkpoints(experiment: Path) -> dict[str, Path]:
@@ -55,6 +57,27 @@ def final_checkpoints(experiment: Path) -> dict[str, Path]:
     return checkpoints
 
 
+def stage_on(device: str | None, experiment: Path) -> InferStage:
+    """Return the experiment's settings of inference, on another device where one is given.
+
+    Raises InputError where the device cannot be had here.
+    """
+    stage = load(experiment / "settings" / "infer.yaml", model=InferStage)
+    if device is not None:
+        compute = stage.compute.model_copy(update={"device": device})
+        stage = stage.model_copy(update={"compute": compute})
+    try:
+        device_of(stage.compute)
+    except InputError as error:
+        # Its remedy is for a step of the workflow: in the settings it would train everything anew.
+        found = str(error).partition(";")[0]
+        raise InputError(
+            f"{found}; go where torch sees a GPU, or add --device cpu (leave the experiment's "
+            "settings as they are)."
+        ) from None
+    return stage
+
+
 def checked_table(arguments: argparse.Namespace, planned: Planned) -> pd.DataFrame:
     """Return the images' case table; raises InputError where one cannot be used."""
     channels_of = images_of(arguments.images, channel_suffixes=arguments.channel_suffix)
@@ -82,6 +105,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_image_arguments(parser)
     parser.add_argument("--out-dir", type=Path, required=True, help="folder of the masks")
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        help="where the networks run; default: as in the experiment's settings",
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU cores to use")
 
 
@@ -89,11 +117,13 @@ def run(arguments: argparse.Namespace) -> None:
     """Run `cotrain predict`; the same command goes on after the last finished case."""
     source, out_dir = arguments.experiment, arguments.out_dir
     checkpoints = final_checkpoints(source)
+    stage = stage_on(arguments.device, source)
     planned = Planned.read(source / "preprocessed")
     steps = out_dir / "steps"
-    folder, table = steps / "preprocessed", steps / "cases.tsv"
+    folder, table, settings = steps / "preprocessed", steps / "cases.tsv", steps / "infer.yaml"
     cases = checked_table(arguments, planned)
     write_table(cases, table)
+    write_text(as_yaml(stage), settings)
     folder.mkdir(exist_ok=True)
     # Plans, and the file of a network of a person's own.
     for path in [*source.glob("preprocessed/*.json"), *source.glob("preprocessed/*.py")]:
@@ -106,7 +136,7 @@ def run(arguments: argparse.Namespace) -> None:
         _call(
             inference,
             *(*words, "--network", network, "--checkpoint", checkpoint),
-            *("--settings", source / "settings/infer.yaml", "--out-dir", steps / network),
+            *("--settings", settings, "--out-dir", steps / network),
         )
     masks = [steps / network for network in checkpoints]
     _call(merge, *words, "--masks", *masks, "--out-dir", out_dir)
