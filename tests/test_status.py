@@ -11,6 +11,7 @@ import pytest
 from cotrain.__main__ import main
 from cotrain.status import (
     State,
+    failure_in,
     joined_state,
     seconds_per_stage,
     stage_state,
@@ -135,6 +136,29 @@ def test_of_several_stages_the_one_that_needs_a_person_is_shown():
     assert str(joined_state([done, waiting])) == "1 of 2 done"
 
 
+# ------------------------------------------------------------------------------------- logs
+
+
+@pytest.mark.parametrize(
+    ("log", "sentence"),
+    [
+        ("epoch 1\ncotrain train: torch sees no GPU here; ask for one.\n", "cotrain train: torch"),
+        ("/bin/bash: line 2: cotrain: command not found\n", "/bin/bash: line 2: cotrain: command"),
+        (
+            "Traceback (most recent call last):\n  File 'x'\n    y()\nOSError: the disk\nis full\n",
+            "OSError: the disk",
+        ),
+        ("x\n" * 20_000 + "cotrain check-data: 2 problems:\n- a\n- b\n", "cotrain check-data: 2"),
+        ("epoch 9 (9/9)\n", None),
+        ("cotrain train was interrupted; give the same command to go on.\n", None),
+        ("", None),
+    ],
+)
+def test_a_log_says_with_which_sentence_its_step_failed(tmp_path, log, sentence):
+    found = failure_in(write(tmp_path / "step.log", log))
+    assert found is None if sentence is None else found.startswith(sentence)
+
+
 # ------------------------------------------------------------------------------------- time
 
 
@@ -221,6 +245,48 @@ def test_what_the_last_command_set_out_to_make_again_is_outdated(experiment):
     assert first_line().startswith("done | done | done | outdated | outdated | ")
     (folder / f"{again[1]}/manifest-0.tsv").unlink()
     assert first_line().startswith("done | done | done | waiting | outdated | ")
+
+
+def test_a_step_that_fails_before_it_opens_its_folder_is_failed(experiment):
+    logs = experiment / "logs/demo/cotrain/round-01"
+    said = "cotrain infer: compute.device is cuda, but torch sees no GPU here"
+    write(logs / "pseudo_2d-0.log", f"{said}; ask the scheduler for one.\n")
+    write(logs / "audit_3d.log", "cotrain audit: u.nii.gz was edited in place; put it back.\n")
+    # Of what is done or runs, a log says nothing new.
+    write(logs / "train_2d.log", "cotrain train: it is being written by another; wait.\n")
+    folder = experiment / "results/demo"
+
+    def status() -> str:
+        return status_text(
+            folder, benchmarks=experiment / "b", logs=experiment / "logs/demo", now=NOW
+        )
+
+    lines = [re.sub(r"  +", " | ", line) for line in status().splitlines()]
+    assert lines[4].startswith("co-trained | 01 | running (epoch 3 of 10, 2 min left) | failed | ")
+    assert f"{logs}/pseudo_2d-0.log: {said}" in status()
+    assert f"{logs}/audit_3d.log: cotrain audit: u.nii.gz was edited" in status()
+    assert "being written by another" not in status()
+    # A new command has not come to them yet.
+    notice = write(experiment / ".snakemake/command-demo.json", "{}")
+    later = time.time() + 60
+    os.utime(notice, (later, later))
+    assert said not in status()
+    assert "audit_3d.log" not in status()
+
+
+def test_the_status_can_be_asked_for_from_inside_the_results(experiment, monkeypatch, capsys):
+    write(
+        experiment / ".snakemake/command-demo.json",
+        json.dumps({"sets_out_to_make": ["results/demo/cotrain/round-00/train_3d"]}),
+    )
+    later = time.time() + 60
+    os.utime(experiment / ".snakemake/command-demo.json", (later, later))
+    monkeypatch.chdir(experiment / "results")
+    assert main(["status", "demo", "--results", "."]) == 0
+    text = capsys.readouterr().out
+    assert f"logs: {os.path.join('..', 'logs', 'demo')}" in text
+    assert "1 h 02 min" in text
+    assert "outdated" in text
 
 
 def test_a_control_waits_for_no_round_00_that_it_shares_whole(experiment):

@@ -6,7 +6,8 @@ asked at any time. A stage is
 - done, when what it declares is there: `checkpoint.pth` of a training; of a mask set, manifests
   with as many rows as its case table;
 - outdated, when it is done and older than the last command, which set out to make it again;
-- failed, when its `work/` folder holds an error; the first line is printed;
+- failed, when its `work/` folder holds an error, or its log of the last command does (without a
+  GPU, say, a step fails before it opens the folder); the first line is printed;
 - running, when the process that holds the lock in `work/` may be alive: for certain on its own
   machine, elsewhere by its heartbeat of the last 10 minutes and by SLURM's account;
 - interrupted, when it was begun and is not running: the same command goes on with it;
@@ -16,6 +17,7 @@ asked at any time. A stage is
 import argparse
 import contextlib
 import json
+import os
 import re
 import time
 from collections.abc import Iterable
@@ -38,6 +40,8 @@ from cotrain.summary import (
 )
 from cotrain.workfolder import may_live
 
+END_OF_LOG = 20_000
+"""Bytes of a log that are read for its last error."""
 COLUMNS = ("train_2d", "pseudo_2d", "train_3d", "pseudo_3d", "test")
 
 
@@ -161,6 +165,40 @@ def _clock(moment: float, *, now: float) -> str:
     return f"{then:%H:%M}" if then.date() == today.date() else f"{then:%Y-%m-%d %H:%M}"
 
 
+# ------------------------------------------------------------------------------------- logs
+
+
+def failure_in(log: Path) -> str | None:
+    """Return the sentence with which the step of a log failed, None where there is none."""
+    with open(log, "rb") as opened:
+        opened.seek(max(0, log.stat().st_size - END_OF_LOG))
+        end = opened.read().decode(errors="replace")
+    # Of this command, or of a shell that did not find it.
+    said = re.findall(r"^(?:\S+sh: .*)?cotrain(?: [a-z-]+)?: .+", end, flags=re.MULTILINE)
+    if said:
+        return said[-1]
+    _, found, trace = end.rpartition("Traceback (most recent call last):")
+    lines = [line for line in trace.splitlines() if line[:1].strip()]
+    return lines[0] if found and lines else None
+
+
+def failures_in(logs: Path, *, since: float) -> dict[str, list[str]]:
+    """Return {step: `log: sentence` of each shard that failed} of the logs of an experiment.
+
+    A step is a log's path without shard and suffix, as in `cotrain/round-00/pseudo_2d`. since: Unix
+    time; what was written before is of an earlier command, which somebody may have mended.
+    """
+    failures: dict[str, list[str]] = {}
+    for log in sorted(logs.glob("**/*.log")):
+        # Snakemake removes the log of a step that begins again, perhaps just now.
+        with contextlib.suppress(FileNotFoundError):
+            sentence = failure_in(log) if log.stat().st_mtime >= since else None
+            if sentence:
+                step = re.sub(r"-\d+$", "", log.relative_to(logs).with_suffix("").as_posix())
+                failures.setdefault(step, []).append(f"{log}: {sentence}")
+    return failures
+
+
 # ------------------------------------------------------------------------------------- text
 
 
@@ -186,7 +224,7 @@ def status_text(folder: Path, *, benchmarks: Path, logs: Path, now: float) -> st
     """Return the status of the experiment whose results are in `folder`."""
     cases = {split: _rows_of(folder / f"cases/{split}.tsv") for split in ("unlabelled", "test")}
     rounds = sorted(folder.glob("*/round-[0-9]*"), key=_running_order)
-    outdated_before = _set_out_to_make(folder)
+    command, outdated_before = _last_command(folder)
     states = {
         stage: stage_state(
             stage,
@@ -197,6 +235,13 @@ def status_text(folder: Path, *, benchmarks: Path, logs: Path, now: float) -> st
         for round_folder in rounds
         for stage in _stages_of(round_folder, tested=cases["test"] != 0)
     }
+    failures = []
+    for step, found in failures_in(logs, since=command).items():
+        state = states.get(folder / step)
+        if state is None:
+            failures += found
+        elif state.kind in ("waiting", "partly", "interrupted"):
+            states[folder / step] = State("failed", found[0])
     parts = [f"experiment {folder.name}, {datetime.fromtimestamp(now):%Y-%m-%d %H:%M}"]
     if rounds:
         parts.append(_rounds_table(rounds, states, _dice_of(folder / "evaluation")))
@@ -214,7 +259,7 @@ def status_text(folder: Path, *, benchmarks: Path, logs: Path, now: float) -> st
     ]
     if running:
         parts.append("running\n" + "\n".join(running))
-    failures = [state.detail for state in states.values() if state.kind == "failed"]
+    failures += [state.detail for state in states.values() if state.kind == "failed"]
     if failures:
         parts.append("failed\n" + "\n".join(f"  {failure}" for failure in failures))
     spent = seconds_per_stage(benchmarks)
@@ -249,14 +294,16 @@ def _running_line(stage: Path, folder: Path, state: State, *, logs: Path, now: f
     return "\n".join(lines)
 
 
-def _set_out_to_make(folder: Path) -> dict[Path, float]:
-    """Return the folders in which the last command set out to make files, and when it began."""
-    notice = folder.parents[1] / ".snakemake" / f"command-{folder.name}.json"
+def _last_command(folder: Path) -> tuple[float, dict[Path, float]]:
+    """Return when the last command began, and the same by folder in which it was to make files."""
+    beside_results = Path(os.path.abspath(folder)).parents[1]
+    notice = beside_results / ".snakemake" / f"command-{folder.name}.json"
     if not notice.is_file():
-        return {}
+        return 0, {}
     began = notice.stat().st_mtime
+    # Each begins with results/<experiment>, which may be called otherwise from here.
     folders = json.loads(notice.read_text()).get("sets_out_to_make", [])
-    return {folder.parents[1] / each: began for each in folders}
+    return began, {folder.joinpath(*Path(each).parts[2:]): began for each in folders}
 
 
 def _rows_of(table: Path) -> int | None:
@@ -401,10 +448,14 @@ def run(arguments: argparse.Namespace) -> None:
             f"There is no experiment '{arguments.experiment}' in {results}; "
             f"known: {', '.join(known)}."
         )
+    # From inside of it, `.` has no parent to see.
+    beside = Path(os.path.abspath(results)).parent
+    if not results.is_absolute():
+        beside = Path(os.path.relpath(beside))
     text = status_text(
         folder,
-        benchmarks=results.parent / "benchmarks" / arguments.experiment,
-        logs=results.parent / "logs" / arguments.experiment,
+        benchmarks=beside / "benchmarks" / arguments.experiment,
+        logs=beside / "logs" / arguments.experiment,
         now=time.time(),
     )
     print(text, end="")
