@@ -120,6 +120,27 @@ def test_only_what_is_learnt_is_another_training(audit, tiny, tmp_path):
     assert learnt_from(table) not in (all_four, one_excluded)
 
 
+def test_a_verdict_that_outlived_its_mask_is_followed_but_told(audit, masks, capsys):
+    audit()
+    # As when an earlier round is trained again: the verdict was written before, with the page.
+    again = masks / "flipped_u.nii.gz"
+    altered(str(again), lambda array: array.put(0, 1), masks / "new.nii.gz")
+    (masks / "new.nii.gz").replace(again)
+    manifest = read_table(masks / "manifest-0.tsv").set_index("case")
+    manifest.loc["flipped_u", "mask_sha256"] = sha256_of(again)
+    manifest.to_csv(masks / "manifest-0.tsv", sep="\t")
+    both = [verdict("flipped_u", "exclude"), verdict("coarse_u", "exclude")]
+    told = "exclude by a reader 2025-01-01; given on an earlier mask of this case, look again"
+    for _ in range(2):
+        table = audit(*both)
+        assert table.loc["flipped_u", ["accepted", "reason"]].tolist() == ["false", told]
+        assert table.loc["coarse_u", "reason"] == "exclude by a reader 2025-01-01"
+        assert f"flipped_u: {told}." in capsys.readouterr().out
+    looked_again = (*verdict("flipped_u", "exclude")[:-1], "2025-01-02")
+    table = audit(looked_again)
+    assert table.loc["flipped_u", "reason"] == "exclude by a reader 2025-01-02"
+
+
 def test_the_last_verdict_on_a_mask_counts_and_other_rounds_and_masks_do_not(audit):
     table = audit(verdict("flipped_u", "exclude"), verdict("flipped_u", "accept"))
     assert table.loc["flipped_u", "accepted"] == "true"

@@ -6,6 +6,7 @@ unaudited mask. A mask that was edited in place is refused by its hash.
 
 import argparse
 import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from medpy.metric.binary import dc
 
 from cotrain.cases import labels_from
 from cotrain.errors import InputError
-from cotrain.files import read_table, sha256_of, write_table
+from cotrain.files import read_table, sha256_of, write_json, write_table
 from cotrain.nifti import check_same_grid, read_labels, voxel_volume_ml
 from cotrain.nnunet import Planned
 from cotrain.review import read_review
@@ -31,6 +32,7 @@ COLUMNS = [
     "volume_ml",
     "truth_dice",
 ]
+OUTLIVED = "given on an earlier mask of this case, look again"
 
 
 def verdict_on(case: str, sources: list[str], review: pd.DataFrame) -> dict | None:
@@ -46,7 +48,7 @@ def verdict_on(case: str, sources: list[str], review: pd.DataFrame) -> dict | No
         rows = review[
             (review["case"] == case)
             & (review["masks"] == masks)
-            & (review["round"].str.lstrip("0").replace("", "0") == str(int(number)))
+            & (review["round"].str.zfill(2) == number)
         ]
         found += rows.tail(1).to_dict("records")
     for verdict in ("exclude", "replace", "accept"):
@@ -54,6 +56,35 @@ def verdict_on(case: str, sources: list[str], review: pd.DataFrame) -> dict | No
             if row["verdict"] == verdict:
                 return row
     return None
+
+
+def masks_judged(
+    review: pd.DataFrame, masks: dict[str, dict[str, str]], before: dict[str, dict]
+) -> dict[str, str]:
+    """Return the SHA-256 of the mask that each verdict was given on, by the verdict's text.
+
+    masks: mask set as `round-01/pseudo_3d` → case → SHA-256 of the mask now. before: what the last
+    audit noted, such `masks` and `verdicts` as are returned here. A verdict not noted there was
+    given on what the last audit showed: the masks may have been made anew since, by the command
+    that read the verdict.
+    """
+    judged = {}
+    for row in review.to_dict("records"):
+        now = masks.get(masks_of(row), {}).get(row["case"])
+        if now is not None:
+            seen = before["masks"].get(masks_of(row), {}).get(row["case"], now)
+            judged[as_text(row)] = before["verdicts"].get(as_text(row), seen)
+    return judged
+
+
+def masks_of(verdict: dict) -> str:
+    """Return the mask set that a verdict is about, as `round-01/pseudo_3d`."""
+    return f"round-{verdict['round']:0>2}/{verdict['masks']}"
+
+
+def as_text(verdict: dict) -> str:
+    """Return all cells of a verdict: with another date it is another one."""
+    return "\t".join(verdict.values())
 
 
 def volume_of_replacement(mask: Path, image: str, labels: dict[str, int]) -> float:
@@ -189,15 +220,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run `cotrain audit`."""
     labels = labels_from(arguments.labels)
+    manifest = pd.concat([read_table(each) for each in arguments.manifests])
+    sets = {arguments.masks: manifest.to_dict("records")}
     for folder in set(arguments.source_masks) - {arguments.masks}:
-        for source in sorted(folder.glob("manifest-*.tsv")):
-            for made in read_table(source).to_dict("records"):
-                check_unedited(folder, made)
+        tables = map(read_table, sorted(folder.glob("manifest-*.tsv")))
+        sets[folder] = [made for table in tables for made in table.to_dict("records")]
+        for made in sets[folder]:
+            check_unedited(folder, made)
+    masks = {
+        "/".join(folder.parts[-2:]): {made["case"]: made["mask_sha256"] for made in rows}
+        for folder, rows in sets.items()
+    }
     rows = {row["case"]: row for row in read_table(arguments.cases).to_dict("records")}
     review = read_review(arguments.review, set(rows))
+    # Not declared, so that it outlives the table.
+    note = arguments.out.with_suffix(".judged.json")
+    before = json.loads(note.read_text()) if note.is_file() else {"masks": {}, "verdicts": {}}
+    judged = masks_judged(review, masks, before)
     sources = ["/".join(each.parts[-2:]) for each in arguments.source_masks]
     own = "/".join(arguments.masks.parts[-2:])
-    manifest = pd.concat([read_table(each) for each in arguments.manifests])
     table = []
     for made in manifest.sort_values("case").to_dict("records"):
         verdict = verdict_on(made["case"], [*sources, own], review)
@@ -211,8 +252,16 @@ def run(arguments: argparse.Namespace) -> None:
                 soft,
             )
             audited |= {"soft": str(soft), "soft_sha256": sha256_of(soft)}
+        # A person's own mask, above, is as right as before.
+        elif (
+            verdict is not None
+            and judged[as_text(verdict)] != masks[masks_of(verdict)][made["case"]]
+        ):
+            audited["reason"] += f"; {OUTLIVED}"
+            print(f"{made['case']}: {audited['reason']}.")
         table.append(audited)
     frame = pd.DataFrame(table, columns=COLUMNS)
+    write_json({"masks": masks, "verdicts": judged}, note)
     write_table(frame, arguments.out)
     known = pd.to_numeric(frame["truth_dice"]).dropna()
     print(
