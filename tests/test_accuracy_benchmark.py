@@ -160,10 +160,11 @@ def test_gain_gap_and_worst_case_by_hand(accuracy, stored):
 
 
 def test_products_are_held_against_what_labels_alone_give(accuracy, stored):
-    lines = accuracy.bar_of(accuracy.standings_of(stored))
+    lines = accuracy.bar_of(accuracy.standings_of(stored), chosen_on=(0,))
     # Worst cases: 74 - 70 and 66 - 60, mean 5 and standard error 1.
     assert lines[2:] == [
-        "| 3D, co-trained | 3D, labels only | 0 1 | +3.0 (-9.7 to +15.7) | +5.0 (-7.7 to +17.7) |"
+        "| 3D, co-trained | 3D, labels only | 0 1 | +3.0 (-9.7 to +15.7) | +4.0 "
+        "| +5.0 (-7.7 to +17.7) |"
     ]
 
 

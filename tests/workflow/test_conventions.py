@@ -1,5 +1,7 @@
 """Conventions: in, the files of the repository; out, whether rules, pins and formats hold them."""
 
+import argparse
+import importlib.util
 import inspect
 import json
 import re
@@ -8,10 +10,12 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
 
+from cotrain.__main__ import parsed
 from cotrain.schema import settings_table
 from cotrain.settings import Settings
 
@@ -110,6 +114,25 @@ def test_the_profiles_hold_different_keys():
 def test_the_library_never_imports_snakemake():
     for path in (CLONE / "workflow/cotrain").glob("*.py"):
         assert not re.search(r"^\s*(import|from) snakemake", path.read_text(), re.MULTILINE), path
+
+
+def test_the_speed_benchmark_gives_every_command_the_options_it_needs(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("speed", CLONE / "benchmarks/speed.py")
+    speed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(speed)
+    called = []
+
+    def parse(*words: object) -> None:
+        called.append(parsed([str(word) for word in words]).command)
+
+    monkeypatch.setattr(speed, "cotrain", parse)
+    monkeypatch.setattr(speed, "read_table", lambda path: pd.DataFrame({"case": ["a"]}))
+    arguments = argparse.Namespace(
+        **{"threads": 1, "data_folder": None, "cases": None, "labels": None, "max_cases": 1},
+        **{"channels": ["MRI"], "features": [8, 16]},
+    )
+    speed.prepare(arguments, tmp_path)
+    assert {"check-data", "plan", "preprocess", "train", "export", "infer"} <= set(called)
 
 
 def test_snakemake_lint_is_clean():

@@ -36,9 +36,8 @@ COMMANDS = {
 """Command name → (module, help). A module is imported only when its command is called."""
 
 
-def main(words: list[str] | None = None) -> int:
-    """Run one command; return 0, or 2 after an error that the user can mend."""
-    words = sys.argv[1:] if words is None else words
+def parsed(words: list[str]) -> argparse.Namespace:
+    """Return the options of a command line, with the command's function as `run`."""
     parser = argparse.ArgumentParser(prog="cotrain", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     called = words[0] if words else None
@@ -50,7 +49,14 @@ def main(words: list[str] | None = None) -> int:
             suffix = f"_{prefix}" if prefix else ""
             getattr(module, f"add{suffix}_arguments")(command)
             command.set_defaults(run=getattr(module, f"run{suffix}"))
-    arguments = parser.parse_args(words)
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run one command; return 0, or 2 after an error that the user can mend."""
+    words = sys.argv[1:] if words is None else words
+    arguments = parsed(words)
+    called = arguments.command
     try:
         arguments.run(arguments)
     except InputError as error:
