@@ -176,7 +176,7 @@ def test_a_second_command_beside_a_living_one_is_refused(project, undisturbed):
     controller = project.start(TRAINED)
     project.wait_for_epochs(1)
     assert project.start(TRAINED).wait(180) == 1
-    assert f"Another command for tiny runs in this folder (process {controller.pid})" in (
+    assert f"Another command for tiny runs in this folder (process {controller.pid} on" in (
         project.said()
     )
     assert controller.wait(600) == 0, project.said()[-3000:]

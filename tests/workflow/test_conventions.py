@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from snakemake_executor_plugin_slurm import Executor, submit_string
 from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
 
 from cotrain.__main__ import parsed
@@ -160,3 +161,10 @@ def test_the_pause_between_looks_at_a_clusters_jobs_is_the_executors_own_method(
     assert source.count("await self.sleep()") == 1
     assert inspect.iscoroutinefunction(RemoteExecutor.sleep)
     assert isinstance(RemoteExecutor.next_seconds_between_status_checks, property)
+
+
+def test_jobs_in_the_queue_are_called_what_their_command_notes():
+    """`take_over_from_a_dead_command` in common.smk notes the executor's `run_uuid`."""
+    assert "--job-name {safe_quote(params.run_uuid)}" in inspect.getsource(submit_string)
+    assert '"run_uuid": self.run_uuid,' in inspect.getsource(Executor.run_job)
+    assert '"run_uuid": self.run_uuid,' in inspect.getsource(Executor.run_array_jobs)

@@ -7,6 +7,7 @@ not answer, there is no answer, and the caller does without.
 import os
 import subprocess
 import time
+from collections.abc import Collection
 
 MAY_STILL_WRITE = {
     "RUNNING",
@@ -75,18 +76,22 @@ def requeue_own_job() -> str | None:
     return None if code == 0 else words or "scontrol did not answer"
 
 
-def jobs_left_behind(folder: str, experiments: list[str]) -> list[str]:
+def jobs_left_behind(
+    folder: str, experiments: list[str], *, runs_of_others: Collection[str] = ()
+) -> list[str]:
     """Return the user's jobs in the queue that a command in this folder submitted for experiments.
 
     Known by what the executor plugin writes into the comment: the rule and its wildcards, of which
-    the experiment is the first.
+    the experiment is the first. As one experiment's name may begin with another's, jobs are left
+    out that are called as those of commands for others.
     """
-    code, words = _ask("squeue", "--me", "--noheader", "--format=%i|%k|%Z")
+    code, words = _ask("squeue", "--me", "--noheader", "--format=%i|%j|%k|%Z")
     jobs = []
     for line in words.splitlines() if code == 0 else []:
-        job, comment, where = line.split("|", 2)
+        job, run, comment, where = line.split("|", 3)
         wildcards = comment.partition("_wildcards_")[2] + "_"
-        if where == folder and any(wildcards.startswith(f"{name}_") for name in experiments):
+        is_ours = any(wildcards.startswith(f"{name}_") for name in experiments)
+        if where == folder and is_ours and run not in runs_of_others:
             jobs.append(job)
     return jobs
 

@@ -234,7 +234,7 @@ class WorkFolder:
             os.rename(self._lock, grave)
         except FileNotFoundError:
             return
-        if _owner_in(_content(grave)) != _owner_in(judged):
+        if _owner_in(content_of(grave)) != _owner_in(judged):
             with contextlib.suppress(FileExistsError):
                 os.link(grave, self._lock)
         grave.unlink()
@@ -291,7 +291,7 @@ class WorkFolder:
                 self._ends = slurm.own_end() or self._ends
 
     def _read_lock(self) -> dict | None:
-        return _content(self._lock)
+        return content_of(self._lock)
 
     def _is_ours(self) -> bool:
         lock = self._read_lock()
@@ -352,8 +352,8 @@ def _owner_in(content: dict | None) -> tuple:
     return tuple((content or {}).get(key) for key in ("host", "pid", "born", "slurm_job"))
 
 
-def _content(lock: Path) -> dict | None:
-    """Return what a lock holds; None where it is not there or not whole."""
+def content_of(lock: Path) -> dict | None:
+    """Return what a lock or a notice holds; None where it is not there or not whole."""
     try:
         return json.loads(lock.read_text())
     except (json.JSONDecodeError, FileNotFoundError):

@@ -9,16 +9,13 @@ import hashlib
 import json
 import os
 import shlex
-import socket
 
 from cotrain.cases import SPLITS, cases_of, read_cases
 from cotrain.errors import InputError
 from cotrain.experiments import experiments_of
-from cotrain.files import write_json
 from cotrain.review import read_review
 from cotrain.settings import as_yaml
-from cotrain.slurm import cancel, jobs_left_behind
-from cotrain.workfolder import may_live, owner_here
+from cotrain.takeover import take_over
 from snakemake.exceptions import WorkflowError
 
 
@@ -612,35 +609,18 @@ def folders_to_make(experiment):
 
 
 def take_over_from_a_dead_command():
-    """Cancel jobs in the cluster's queue that a command in this folder left behind.
-
-    One that starts late would remove what was finished without it. Those that train go on from
-    their last epoch. Refused where another command for these experiments lives on this machine.
-    """
+    """Refuse to run beside a living command; cancel what a dead one left in the cluster's queue."""
     names = [*SETTINGS, *([config["experiment"]] if GROUPS else [])]
-    for name in names:
-        notice = Path(".snakemake", f"command-{name}.json")
-        if notice.is_file():
-            other = json.loads(notice.read_text())
-            if other["host"] == socket.gethostname() and may_live(other):
-                raise WorkflowError(
-                    f"Another command for {name} runs in this folder (process {other['pid']}); "
-                    "wait for its end, or end it and type this again."
-                )
-        write_json({**owner_here(), "sets_out_to_make": folders_to_make(name)}, notice)
-    if workflow.executor_plugin.common_settings.non_local_exec:
-        jobs = jobs_left_behind(os.getcwd(), names)
-        if jobs:
-            logger.warning(
-                f"Cancelling SLURM jobs {', '.join(jobs)}, which an earlier command in this folder "
-                "left behind; unfinished work goes on from its last epoch or case."
-            )
-            trouble = cancel(jobs)
-            if trouble:
-                raise WorkflowError(
-                    f"The SLURM jobs {' '.join(jobs)} of an earlier command could not be cancelled "
-                    f"({trouble}); cancel them, then type this again."
-                )
+    # What the SLURM plugin calls all jobs of this command; a local executor has none.
+    run = getattr(workflow.scheduler._executor, "run_uuid", "")
+    try:
+        take_over(
+            {name: folders_to_make(name) for name in names},
+            run=run,
+            say=logger.warning,
+        )
+    except InputError as error:
+        raise WorkflowError(str(error)) from None
 
 
 def look_at_jobs_as_often_as_asked():
