@@ -1,12 +1,26 @@
 """A command beside another: refused where that one lives, and taking it over where it is dead."""
 
 import json
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from cotrain import slurm
+from cotrain.errors import InputError
 from cotrain.takeover import notice_of, take_over
+from cotrain.workfolder import HEARTBEAT_LIFETIME
+
+COMMAND = """
+import sys, time
+from cotrain.takeover import take_over
+take_over({"heart": ["results/heart/model"]}, run=sys.argv[1], say=print)
+print("working", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -15,6 +29,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(slurm, "SECONDS_BETWEEN_TRIES", 0)
     for name in ("SLURM_JOB_ID", "SLURM_CLUSTER_NAME", "SLURM_ARRAY_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
@@ -63,7 +78,7 @@ def leave_notice(name: str, **changes: object) -> None:
 
 def start(*names: str, run: str = "") -> None:
     """Take the experiments over and end at once."""
-    take_over({name: [] for name in names}, run=run, say=print)
+    take_over({name: [] for name in names}, run=run, say=print).end()
 
 
 def test_jobs_of_a_living_command_for_a_name_that_goes_on_are_left_alone(folder, queue):
@@ -91,3 +106,108 @@ def test_one_of_several_experiments_is_taken_over_by_itself(folder, queue):
     queue(("plan_wildcards_heart", "of both"))
     start("heart", run="ours")
     assert cancelled(folder) == ["1"]
+
+
+def test_a_living_command_on_another_machine_is_not_taken_over(folder, queue):
+    leave_notice("heart", run="theirs", heartbeat=time.time() - 30)
+    queue(("plan_wildcards_heart", "theirs"))
+    sentence = (
+        r"Another command for heart runs in this folder \(process 7 on login1, 3\d s after its "
+        rf"last .*if it is surely gone, wait until it was silent for {HEARTBEAT_LIFETIME} s"
+    )
+    with pytest.raises(InputError, match=sentence):
+        start("heart", run="ours")
+    assert cancelled(folder) == []
+    assert json.loads(notice_of("heart").read_text())["run"] == "theirs"
+
+
+@pytest.mark.parametrize("notice", [{}, {"heartbeat": time.time(), "ended": True}])
+def test_a_silent_or_ended_command_on_another_machine_is_taken_over(notice):
+    leave_notice("heart", **notice)
+    start("heart")
+    assert json.loads(notice_of("heart").read_text())["host"] == socket.gethostname()
+
+
+def test_a_job_goes_on_with_its_own_command_and_that_of_a_job_that_is_over(monkeypatch, queue):
+    monkeypatch.setenv("SLURM_JOB_ID", "6")
+    for job, state, is_over in (("5", "RUNNING", False), ("5", "TIMEOUT", True), ("6", "", True)):
+        queue(state=state)
+        leave_notice("heart", slurm_job=job, heartbeat=time.time())
+        if is_over:
+            start("heart")
+        else:
+            with pytest.raises(InputError, match="Another command for heart"):
+                start("heart")
+
+
+def command(run: str = "", seconds: float = 0) -> subprocess.Popen:
+    """Start a command in a process of its own, and wait until it is at work."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, run, str(seconds)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "working\n"
+    return process
+
+
+def test_a_second_command_is_refused_until_the_first_is_dead():
+    first = command(seconds=60)
+    sentence = rf"\(process {first.pid} on {socket.gethostname()}\); wait for its end"
+    with pytest.raises(InputError, match=sentence):
+        start("heart")
+    first.kill()
+    first.communicate()
+    assert not json.loads(notice_of("heart").read_text())["ended"]
+    start("heart")
+
+
+def test_a_command_that_ends_by_itself_says_so():
+    command().communicate()
+    assert json.loads(notice_of("heart").read_text())["ended"]
+
+
+def test_signs_of_life_leave_alone_when_the_command_began_and_who_came_after(monkeypatch):
+    monkeypatch.setattr("cotrain.workfolder.HEARTBEAT_SECONDS", 0.01)
+    signs = take_over({"heart": ["results/heart/model"]}, run="", say=print)
+    began = notice_of("heart").stat().st_mtime
+    first = json.loads(notice_of("heart").read_text())
+    time.sleep(0.3)
+    later = json.loads(notice_of("heart").read_text())
+    assert later.pop("heartbeat") > first.pop("heartbeat")
+    assert later == first
+    assert notice_of("heart").stat().st_mtime == began
+    leave_notice("heart")
+    time.sleep(0.1)
+    signs.end()
+    assert json.loads(notice_of("heart").read_text())["host"] == "login1"
+
+
+def test_a_queue_that_does_not_answer_is_asked_twice_and_stops_the_command(folder, queue):
+    queue()
+    (folder / "bin/squeue").write_text(
+        f"#!/bin/sh\necho >> {folder}/asked\necho 'Unable to contact controller' >&2\nexit 1\n"
+    )
+    sentence = r"left in this folder \(Unable to contact controller\).* type this again when"
+    with pytest.raises(InputError, match=sentence):
+        start("heart", run="ours")
+    assert (folder / "asked").read_text() == "\n\n"
+    # Nothing was taken over.
+    assert not notice_of("heart").exists()
+
+
+def test_a_local_command_cancels_jobs_of_one_that_was_killed(folder, queue):
+    queue(("plan_wildcards_heart", "theirs"))
+    leave_notice("heart", run="theirs", ended=True)
+    start("heart")
+    assert cancelled(folder) == []
+    leave_notice("heart", run="theirs")
+    start("heart")
+    assert cancelled(folder) == ["1"]
+
+
+def test_where_squeue_is_not_jobs_that_were_perhaps_left_stop_the_command():
+    leave_notice("heart", run="theirs")
+    sentence = "command for heart that was killed on login1 may have left SLURM jobs, and squeue"
+    with pytest.raises(InputError, match=sentence):
+        start("heart")
+    leave_notice("heart", run="theirs", ended=True)
+    start("heart")

@@ -550,7 +550,9 @@ def test_a_command_notes_what_it_sets_out_to_make_again(finished: Path):
     config = settings_file(finished, training_3d__learning_rate=0.0007)
     ran = snakemake(finished, "--cores", "2", "--configfile", str(config))
     assert ran.returncode == 0, ran.stderr
-    noted = json.loads((finished / ".snakemake/command-tiny.json").read_text())["sets_out_to_make"]
+    notice = json.loads((finished / ".snakemake/command-tiny.json").read_text())
+    assert notice["ended"]
+    noted = notice["sets_out_to_make"]
     assert {each.removeprefix("results/tiny/") for each in noted if "/train_" in each} == {
         "cotrain/round-00/train_3d",
         "cotrain/round-01/train_2d",
@@ -560,6 +562,15 @@ def test_a_command_notes_what_it_sets_out_to_make_again(finished: Path):
     }
     assert "results/tiny/cotrain/round-00/pseudo_3d" in noted
     assert "results/tiny/cotrain/round-00/pseudo_2d" not in noted
+
+
+def test_a_command_beside_a_living_one_on_another_machine_is_refused(project: Path):
+    notice = project / ".snakemake/command-tiny.json"
+    notice.parent.mkdir()
+    owner = {"host": "login1", "pid": 7, "born": "1", "slurm_job": "", "cluster": ""}
+    notice.write_text(json.dumps(owner | {"heartbeat": time.time()}))
+    text = refused(project, settings_file(project))
+    assert "Another command for tiny runs in this folder (process 7 on login1" in text
 
 
 def test_a_comment_in_the_configfile_changes_nothing(finished_once: Path):

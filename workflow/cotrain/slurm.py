@@ -1,13 +1,15 @@
 """What SLURM says about jobs: in, a job's number; out, its state, and when this one ends.
 
 Asked through its own commands, which are on the path of every job. Outside SLURM, or where it does
-not answer, there is no answer, and the caller does without.
+not answer, there is no answer, and the caller does without, unless the function says otherwise.
 """
 
 import os
 import subprocess
 import time
 from collections.abc import Collection
+
+from cotrain.errors import InputError
 
 MAY_STILL_WRITE = {
     "RUNNING",
@@ -24,6 +26,8 @@ ASLEEP = {"STOPPED", "SUSPENDED"}
 """States in which a living process gives no sign of life."""
 SECONDS_TO_ANSWER = 60
 """A busy controller may take as long."""
+SECONDS_BETWEEN_TRIES = 10
+"""Pause before a question is asked again whose answer cannot be done without."""
 OURS = ("rule_", "group_", "cotrain")
 """What the comment of a job begins with that may be requeued: Snakemake's, or one that says so."""
 
@@ -83,11 +87,21 @@ def jobs_left_behind(
 
     Known by what the executor plugin writes into the comment: the rule and its wildcards, of which
     the experiment is the first. As one experiment's name may begin with another's, jobs are left
-    out that are called as those of commands for others.
+    out that are called as those of commands for others. Raises InputError without an answer.
     """
-    code, words = _ask("squeue", "--me", "--noheader", "--format=%i|%j|%k|%Z")
+    for pause in (SECONDS_BETWEEN_TRIES, 0):
+        code, words = _ask("squeue", "--me", "--noheader", "--format=%i|%j|%k|%Z")
+        if code == 0:
+            break
+        time.sleep(pause)
+    else:
+        raise InputError(
+            "squeue did not say which jobs an earlier command left in this folder "
+            f"({words or f'no answer in {SECONDS_TO_ANSWER} s'}), and one that starts late would "
+            "remove what was finished without it; type this again when `squeue --me` answers."
+        )
     jobs = []
-    for line in words.splitlines() if code == 0 else []:
+    for line in words.splitlines():
         job, run, comment, where = line.split("|", 3)
         wildcards = comment.partition("_wildcards_")[2] + "_"
         is_ours = any(wildcards.startswith(f"{name}_") for name in experiments)

@@ -1,24 +1,33 @@
-"""One living command for an experiment in a folder: in, names; out, a notice of who runs it.
+"""One living command for an experiment in a folder: in, names; out, a notice with signs of life.
 
 A command leaves `.snakemake/command-<name>.json` for each of its experiments: who runs it, what its
-jobs are called in SLURM's queue, and what it set out to make.
+jobs are called in SLURM's queue, and what it set out to make. The notice is renewed while the
+command lives, for those who type another one on another machine, and stays when it has ended.
 """
 
+import atexit
+import contextlib
+import json
 import os
+import shutil
 import socket
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cotrain import slurm
+from cotrain import slurm, workfolder
 from cotrain.errors import InputError
-from cotrain.files import write_json
+from cotrain.files import write_atomically
 from cotrain.workfolder import content_of, may_live, owner_here
 
 NOTICES = Path(".snakemake")
 
 
-def take_over(makes: dict[str, list[str]], *, run: str, say: Callable[[str], None]) -> None:
-    """Take experiments over from a dead command in this folder.
+def take_over(
+    makes: dict[str, list[str]], *, run: str, say: Callable[[str], None]
+) -> "SignsOfLife":
+    """Take experiments over from a dead command in this folder; return this one's signs of life.
 
     makes: each experiment's name → the folders in which this command will make files. run: what
     this command's jobs are called in SLURM's queue, or nothing where it submits none. say: called
@@ -26,24 +35,105 @@ def take_over(makes: dict[str, list[str]], *, run: str, say: Callable[[str], Non
 
     Jobs that a dead command left in the queue are cancelled: one that starts late would remove what
     was finished without it. Raises InputError where another command for one of the experiments
-    lives on this machine.
+    lives, and where SLURM does not say which jobs there are.
     """
     notices = {name: content_of(notice_of(name)) for name in makes}
     for name, notice in notices.items():
-        if notice is not None and notice["host"] == socket.gethostname() and may_live(notice):
+        if notice is not None and _may_live(notice):
+            raise InputError(_refusal(name, notice))
+    # One that ended by itself left no jobs, so that a local command need not ask about them.
+    killed = [name for name, notice in notices.items() if _may_have_left_jobs(notice)]
+    if shutil.which("squeue") is None:
+        if killed:
             raise InputError(
-                f"Another command for {name} runs in this folder (process {notice['pid']} on "
-                f"{notice['host']}); wait for its end, or end it and type this again."
+                f"The command for {killed[0]} that was killed on {notices[killed[0]]['host']} may "
+                "have left SLURM jobs, and squeue is not here to tell; type this where it is, or "
+                f"remove {notice_of(killed[0])} once no job of this folder is in the queue."
             )
-    if run:
+    elif run or killed:
         _cancel_jobs_left_behind(notices, say)
-    for name, folders in makes.items():
-        write_json({**owner_here(), "run": run, "sets_out_to_make": folders}, notice_of(name))
+    return SignsOfLife(makes, run)
 
 
 def notice_of(name: str) -> Path:
     """Return where the last command for an experiment left its notice."""
     return NOTICES / f"command-{name}.json"
+
+
+class SignsOfLife:
+    """Writes a command's notices, and renews them until the process ends.
+
+    What another command has written since then is left alone.
+    """
+
+    def __init__(self, makes: dict[str, list[str]], run: str) -> None:
+        self._owner = owner_here()
+        self._began = time.time()
+        # Absolute, because Snakemake changes back from the folder before the process ends.
+        self._told = {
+            notice_of(name).absolute(): {**self._owner, "run": run, "sets_out_to_make": folders}
+            for name, folders in makes.items()
+        }
+        self._ended = threading.Event()
+        for notice in self._told:
+            self._write(notice)
+        self._pulse = threading.Thread(target=self._beat, daemon=True)
+        self._pulse.start()
+        atexit.register(self.end)
+
+    def end(self) -> None:
+        """Say that the command has ended, so that nobody waits for its next sign of life."""
+        self._ended.set()
+        self._pulse.join()
+        self._renew()
+        atexit.unregister(self.end)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(workfolder.HEARTBEAT_SECONDS):
+            self._renew()
+
+    def _renew(self) -> None:
+        # A network file system that is away for a while must not end the signs of life.
+        with contextlib.suppress(OSError):
+            for notice in self._told:
+                found = content_of(notice)
+                if found is None or self._owner.items() <= found.items():
+                    self._write(notice)
+
+    def _write(self, notice: Path) -> None:
+        told = {**self._told[notice], "heartbeat": time.time(), "ended": self._ended.is_set()}
+        with write_atomically(notice) as temporary:
+            temporary.write_text(json.dumps(told, indent=2) + "\n")
+            # `cotrain status` takes the time of change for the command's beginning.
+            os.utime(temporary, (self._began, self._began))
+
+
+def _may_live(notice: dict) -> bool:
+    if notice.get("ended"):
+        return False
+    if notice["slurm_job"]:
+        # SLURM knows at once that a job is over, and that this is the same one, requeued onto
+        # another node: as if the sign of life were late.
+        late = time.time() - workfolder.HEARTBEAT_LATE
+        notice = {**notice, "heartbeat": min(notice.get("heartbeat", 0), late)}
+    return may_live(notice)
+
+
+def _refusal(name: str, notice: dict) -> str:
+    where, gone = "", ""
+    if notice["host"] != socket.gethostname():
+        silent = max(0, time.time() - notice.get("heartbeat", 0))
+        where = f", {silent:.0f} s after its last sign of life"
+        seconds = workfolder.HEARTBEAT_LIFETIME
+        gone = f" (if it is surely gone, wait until it was silent for {seconds} s)"
+    return (
+        f"Another command for {name} runs in this folder (process {notice['pid']} on "
+        f"{notice['host']}{where}); wait for its end, or end it and type this again{gone}."
+    )
+
+
+def _may_have_left_jobs(notice: dict | None) -> bool:
+    return notice is not None and bool(notice.get("run")) and not notice.get("ended")
 
 
 def _cancel_jobs_left_behind(notices: dict[str, dict | None], say: Callable[[str], None]) -> None:
