@@ -1,6 +1,7 @@
 """Stands for the `cotrain` command in tests of the DAG: in, a command line; out, its outputs.
 
-Writes the files that each rule declares, with the command line as their content.
+Writes the files that each rule declares, with the command line as their content. The command that
+STAND_IN_FAILS names fails instead, and is noted in the file `failed`.
 """
 
 import itertools
@@ -25,6 +26,10 @@ MADE_IN_OUT_DIR = {
 
 command, *words = sys.argv[1:]
 options = dict(itertools.pairwise(words))
+if command == os.environ.get("STAND_IN_FAILS"):
+    with open("failed", "a") as failed:
+        failed.write(f"{command}\n")
+    sys.exit(2)
 if command == "train":
     time.sleep(float(os.environ.get("STAND_IN_SECONDS", "0")))
 if "--out" in options:

@@ -730,6 +730,16 @@ def test_a_killed_run_goes_on_with_the_same_command(project: Path):
     assert (project / "results/tiny/summary/summary.txt").exists()
 
 
+@pytest.mark.parametrize(("command", "times"), [("check-data", 1), ("plan", 1), ("preprocess", 2)])
+def test_what_the_users_files_fail_is_not_tried_again(project: Path, command: str, times: int):
+    config = str(settings_file(project))
+    target = "results/tiny/preprocessed/labelled/manifest-0.tsv"
+    options = ("--cores", "2", "--configfile", config, "--retries", "1")
+    ran = snakemake(project, target, *options, STAND_IN_FAILS=command)
+    assert ran.returncode != 0
+    assert (project / "failed").read_text().split() == [command] * times
+
+
 def test_a_report_is_made_with_its_captions(finished_once: Path):
     config = str(settings_file(finished_once))
     ran = snakemake(finished_once, "--configfile", config, "--report", "report.html")

@@ -34,6 +34,8 @@ rule check_data:
     benchmark:
         "benchmarks/{experiment}/cases/check_data_{split}.tsv"
     priority: 1
+    # A file or table that is wrong stays so: trying again says the same with more memory.
+    retries: 0
     conda:
         "../../envs/cotrain.yaml"
     threads: 4
@@ -121,6 +123,8 @@ rule plan:
         "logs/{experiment}/preprocessed/plan.log",
     benchmark:
         "benchmarks/{experiment}/preprocessed/plan.tsv"
+    # As in check_data.
+    retries: 0
     conda:
         "../../envs/cotrain.yaml"
     threads: 4
