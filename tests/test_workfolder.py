@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,8 @@ def holder(tmp_path):
         text=True,
         env={**os.environ, "SLURM_JOB_ID": "77"},
     )
-    assert process.stdout.readline() == "held\n"
+    # Before that, it says that no SLURM knows when its job ends.
+    assert "held\n" in (process.stdout.readline(), process.stdout.readline())
     yield process
     process.kill()
     process.communicate()
@@ -191,3 +193,53 @@ def test_progress_says_how_much_is_done_and_left(tmp_path):
     content = json.loads((tmp_path / "step.progress.json").read_text())
     assert (content["epochs_done"], content["epochs"]) == (6, 8)
     assert content["seconds_left"] == pytest.approx(20, abs=1)
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """Return a list of what SLURM answers about the end of this job, the last for ever."""
+    given = []
+
+    def ask(*words: str) -> tuple[int | None, str]:
+        return given.pop(0) if len(given) > 1 else given[0]
+
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setattr("cotrain.slurm._ask", ask)
+    monkeypatch.setattr("cotrain.workfolder.HEARTBEAT_SECONDS", 0.01)
+    return given
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    """Wait until `true()` holds, for 20 s at most."""
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_job_whose_end_is_not_known_asks_again(tmp_path, answers, capsys):
+    answers += [(None, ""), (1, "Socket timed out"), (0, "0:10|rule_train_wildcards_heart")]
+    with WorkFolder(tmp_path, {}) as work:
+        wait_for(work._time_is_up)
+        wait_for(lambda: json.loads((tmp_path / "step.lock").read_text())["ends"] is not None)
+    unknown, known = capsys.readouterr().out.splitlines()
+    assert unknown.startswith("SLURM did not say when job 77 ends; it is asked again")
+    assert known.startswith("SLURM job 77 ends at ")
+
+
+def test_a_limit_that_is_set_or_lifted_later_is_heard(tmp_path, answers, monkeypatch):
+    monkeypatch.setattr("cotrain.workfolder.SECONDS_BETWEEN_LIMITS", 0.01)
+    unlimited, limited = (0, "UNLIMITED|cotrain"), (0, "0:10|cotrain")
+    answers.append(unlimited)
+    with WorkFolder(tmp_path, {}) as work:
+        for answer, is_up in ((limited, True), (unlimited, False)):
+            assert work._time_is_up() != is_up
+            answers[:] = [answer]
+            wait_for(lambda is_up=is_up: work._time_is_up() == is_up)
+
+
+def test_an_interactive_session_has_no_end_that_matters(tmp_path, answers, capsys):
+    answers.append((0, "0:10|(null)"))
+    with WorkFolder(tmp_path, {}) as work:
+        assert not work._time_is_up()
+    assert capsys.readouterr().out == ""

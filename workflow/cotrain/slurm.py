@@ -4,6 +4,7 @@ Asked through its own commands, which are on the path of every job. Outside SLUR
 not answer, there is no answer, and the caller does without, unless the function says otherwise.
 """
 
+import math
 import os
 import subprocess
 import time
@@ -60,17 +61,19 @@ def state_of(job: str) -> str | None:
 
 
 def own_end() -> float | None:
-    """Return when this job's time limit comes, as Unix time.
+    """Return when this job's time limit comes, as Unix time; math.inf: never; None: no answer.
 
-    None without a limit or an answer, and where the job was not made for this workflow: an
-    interactive session, say, that must not be put back into the queue.
+    Never also outside a job, and where it was not made for this workflow: an interactive session,
+    say, that must not be put back into the queue.
     """
     if not own_job():
-        return None
+        return math.inf
     code, words = _ask("squeue", "--noheader", f"--jobs={own_job()}", "--format=%L|%k")
-    left, _, comment = words.partition("|")
-    if code != 0 or not comment.startswith(OURS) or seconds_of(left) is None:
+    if code != 0 or not words:
         return None
+    left, _, comment = words.partition("|")
+    if not comment.startswith(OURS) or seconds_of(left) is None:
+        return math.inf
     return time.time() + seconds_of(left)
 
 

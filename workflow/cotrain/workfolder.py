@@ -7,6 +7,7 @@ shows. It lies outside Snakemake's declared outputs, which Snakemake deletes whe
 
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -93,13 +94,20 @@ class WorkFolder:
         except InputError:
             self.__exit__(None, None, None)
             raise
-        if self._ends is not None:
+        self._say_when_the_job_ends()
+        return self
+
+    def _say_when_the_job_ends(self) -> None:
+        job = self._owner["slurm_job"]
+        if self._ends is None:
             print(
-                f"SLURM job {self._owner['slurm_job']} ends at "
-                f"{datetime.fromtimestamp(self._ends):%Y-%m-%d %H:%M:%S}.",
+                f"SLURM did not say when job {job} ends; it is asked again, and until it answers "
+                "the step may run into the time limit.",
                 flush=True,
             )
-        return self
+        elif self._ends < math.inf:
+            ends = datetime.fromtimestamp(self._ends)
+            print(f"SLURM job {job} ends at {ends:%Y-%m-%d %H:%M:%S}.", flush=True)
 
     def _is_of_this_identity(self) -> bool:
         if not self._identity_file.is_file():
@@ -275,7 +283,7 @@ class WorkFolder:
         return {
             **self._owner,
             "node": slurm.own_node() or self._owner["host"],
-            "ends": self._ends,
+            "ends": None if self._ends == math.inf else self._ends,
             "heartbeat": time.time(),
         }
 
@@ -286,9 +294,18 @@ class WorkFolder:
             with contextlib.suppress(OSError):
                 if self._is_ours():
                     self._write_lock()
-            if self._ends is not None and time.monotonic() - asked > SECONDS_BETWEEN_LIMITS:
+            if self._ends is None or (
+                self._owner["slurm_job"] and time.monotonic() - asked > SECONDS_BETWEEN_LIMITS
+            ):
                 asked = time.monotonic()
-                self._ends = slurm.own_end() or self._ends
+                self._ask_again_when_the_job_ends()
+
+    def _ask_again_when_the_job_ends(self) -> None:
+        before, ends = self._ends, slurm.own_end()
+        if ends is not None:
+            self._ends = ends
+            if before is None:
+                self._say_when_the_job_ends()
 
     def _read_lock(self) -> dict | None:
         return content_of(self._lock)
