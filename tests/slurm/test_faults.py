@@ -127,6 +127,15 @@ def test_inference_goes_on_with_the_next_case(project, undisturbed):
     assert len(project.fingerprint()) == 1 + 4
 
 
+def test_jobs_start_while_a_table_is_being_edited(project, undisturbed):
+    controller = project.start(MASKS, options=("--retries", "0"))
+    project.wait_for_epochs(1)
+    with open(project.folder / "cases.tsv", "a") as table:
+        table.write("half a row")
+    assert controller.wait(600) == 0, project.said()[-3000:]
+    ends_as_undisturbed(project, undisturbed, epochs_kept=[])
+
+
 # ------------------------------------------------------------- what befalls the controller
 
 

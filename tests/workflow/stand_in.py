@@ -1,7 +1,8 @@
 """Stands for the `cotrain` command in tests of the DAG: in, a command line; out, its outputs.
 
 Writes the files that each rule declares, with the command line as their content. The command that
-STAND_IN_FAILS names fails instead, and is noted in the file `failed`.
+STAND_IN_FAILS names fails instead, and is noted in the file `failed`. STAND_IN_TELLS names a
+variable whose value is written into the file `told`.
 """
 
 import itertools
@@ -26,6 +27,8 @@ MADE_IN_OUT_DIR = {
 
 command, *words = sys.argv[1:]
 options = dict(itertools.pairwise(words))
+if "STAND_IN_TELLS" in os.environ:
+    Path("told").write_text(os.environ.get(os.environ["STAND_IN_TELLS"], ""))
 if command == os.environ.get("STAND_IN_FAILS"):
     with open("failed", "a") as failed:
         failed.write(f"{command}\n")

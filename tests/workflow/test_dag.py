@@ -17,6 +17,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -692,7 +693,9 @@ def test_a_verdict_reruns_what_its_masks_taught_and_no_earlier_round(finished: P
     )
     plan = planned(finished, review="review.tsv")
     assert plan.trained() == {"cotrain/round-01/train_3d"}
-    assert [each["--review"] for each in plan.of("audit")] == ["review.tsv"]
+    # Not the table itself, which a person may be writing while the audit runs.
+    verdicts = "results/tiny/cotrain/round-01/audit/verdicts_3d.txt"
+    assert [each["--review"] for each in plan.of("audit")] == [verdicts]
 
 
 def test_the_file_of_a_corrected_mask_is_an_input(finished: Path):
@@ -704,6 +707,42 @@ def test_the_file_of_a_corrected_mask_is_an_input(finished: Path):
     plan = planned(finished, review="review.tsv")
     assert plan.trained() == {"cotrain/round-01/train_2d", "cotrain/round-01/train_3d"}
     assert "mine.nii.gz" in plan.text
+
+
+AS_A_JOB = (
+    *("--mode", "remote", "--force", "--no-hooks", "--ignore-incomplete", "--cores", "1"),
+    *("--target-jobs", "audit:experiment=tiny,network=3d,round=00", "--allowed-rules", "audit"),
+)
+"""How a cluster's job calls Snakemake, and reads the Snakefile again."""
+
+
+def test_tables_that_are_edited_during_a_run_fail_none_of_its_jobs(project: Path):
+    header = "case\tround\tmasks\tverdict\tmask\tby\n"
+    (project / "mine.nii.gz").touch()
+    verdict = 'case_3\t0\tpseudo_2d\treplace\tmine.nii.gz\t"anna ""a"" b"\n'
+    (project / "review.tsv").write_text(header + verdict)
+    config = ("--configfile", str(settings_file(project, rounds=1, review="review.tsv", shards=3)))
+    target = "results/tiny/cotrain/round-00/audit/train_3d.tsv"
+    ran = snakemake(project, target, *config, STAND_IN_TELLS="COTRAIN_TABLES")
+    assert ran.returncode == 0, ran.stderr
+    tables = (project / "told").read_text()
+    made = (project / target).read_text()
+    # A row half typed, and so many cases less that there are fewer shards.
+    (project / "review.tsv").write_text(header + verdict + "cas")
+    cases = (project / "cases.tsv").read_text()
+    rows = [row for row in cases.splitlines() if not row.startswith(("case_4", "case_5"))]
+    (project / "cases.tsv").write_text("\n".join(rows) + "\n")
+    assert snakemake(project, *AS_A_JOB, *config).returncode != 0
+    job = snakemake(project, *AS_A_JOB, *config, COTRAIN_TABLES=tables)
+    assert job.returncode == 0, job.stderr
+    assert (project / target).read_text() == made
+    heard = pd.read_csv(project / options_in(f"cotrain {made}")["--review"], sep="\t")
+    assert heard[["case", "by"]].values.tolist() == [["case_3", 'anna "a" b']]
+    # The command itself reads the tables; what the job noted of itself is what it asks for.
+    (project / "review.tsv").write_text(header + verdict)
+    (project / "cases.tsv").write_text(cases)
+    again = snakemake(project, target, "-n", *config, COTRAIN_TABLES=tables)
+    assert "Nothing to be done" in again.stdout + again.stderr
 
 
 def test_a_killed_run_goes_on_with_the_same_command(project: Path):

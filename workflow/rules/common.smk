@@ -10,9 +10,12 @@ import json
 import os
 import shlex
 
+import pandas as pd
+
 from cotrain.cases import SPLITS, cases_of, read_cases
 from cotrain.errors import InputError
 from cotrain.experiments import experiments_of
+from cotrain.files import write_json
 from cotrain.review import read_review
 from cotrain.settings import as_yaml
 from cotrain.takeover import take_over
@@ -101,10 +104,46 @@ def checked_reviews():
     return reviews
 
 
+def remember_tables():
+    """Write what was read from the case and review tables, for the jobs of this command.
+
+    A cluster's jobs read the Snakefile again, when a person may be editing the tables: a row half
+    typed would fail all that start, and fewer cases would share them out anew.
+    """
+    read = {
+        experiment: {
+            "cases": {split: rows.to_dict("list") for split, rows in cases.items()},
+            "review": REVIEWS[experiment],
+        }
+        for experiment, cases in CASES.items()
+    }
+    path = Path(".snakemake", f"tables-{config['experiment']}.json").absolute()
+    write_json(read, path)
+    # Jobs do not go by the name alone: what lies there may be from an earlier command.
+    os.environ.update(COTRAIN_TABLES=str(path))
+
+
+def remembered_tables(path):
+    """Return {experiment: {split: rows}} and {experiment: verdicts} as the command wrote them."""
+    read = json.loads(path.read_text())
+    cases = {
+        experiment: {
+            split: pd.DataFrame(rows, dtype=str)
+            for split, rows in tables["cases"].items()
+        }
+        for experiment, tables in read.items()
+    }
+    return cases, {experiment: tables["review"] for experiment, tables in read.items()}
+
+
 try:
     SETTINGS, GROUPS = checked_settings()
-    CASES = checked_cases()
-    REVIEWS = checked_reviews()
+    remembered = Path(os.environ.get("COTRAIN_TABLES", ""))
+    if remembered.is_file() and not workflow.is_main_process:
+        CASES, REVIEWS = remembered_tables(remembered)
+    else:
+        CASES = checked_cases()
+        REVIEWS = checked_reviews()
 except InputError as error:
     raise WorkflowError(str(error)) from None
 
@@ -408,14 +447,19 @@ def mask_set_judged(experiment, row):
 
 
 def review_for(wildcards):
-    """Return the option with the review table, where it has verdicts on these masks."""
-    review = settings_of(wildcards).review if verdicts_on(wildcards) else None
-    return option("--review", review)
+    """Return the option with the verdicts on these masks, where there are any.
+
+    Not the review table itself, in which a person may be writing while the audit runs.
+    """
+    folder = f"results/{wildcards.experiment}/cotrain/round-{wildcards.round}/audit"
+    verdicts = f"{folder}/verdicts_{wildcards.network}.txt"
+    return option("--review", verdicts if verdicts_on(wildcards) else None)
 
 
 def verdicts_as_text(wildcards):
-    """Return the verdicts on these masks as text, for Snakemake to see when they change."""
-    return "\n".join("\t".join(row.values()) for row in verdicts_on(wildcards))
+    """Return the verdicts on these masks as a table, for Snakemake to see when they change."""
+    verdicts = pd.DataFrame(verdicts_on(wildcards))
+    return "" if verdicts.empty else verdicts.to_csv(sep="\t", index=False)
 
 
 def corrected_masks_for(wildcards):
