@@ -1,5 +1,6 @@
 """What happens to clusters: each row ends in the bits of a run without it, and loses an epoch."""
 
+import json
 import re
 import shutil
 import signal
@@ -184,6 +185,8 @@ def test_a_job_that_waits_in_the_queue_of_a_dead_command_never_starts(project, u
 def test_a_second_command_beside_a_living_one_is_refused(project, undisturbed):
     controller = project.start(TRAINED)
     project.wait_for_epochs(1)
+    notice = json.loads((project.folder / ".snakemake/command-tiny.json").read_text())
+    assert notice["run"] == project.cluster.job(project.job()["id"])["JobName"]
     assert project.start(TRAINED).wait(180) == 1
     assert f"Another command for tiny runs in this folder (process {controller.pid} on" in (
         project.said()
