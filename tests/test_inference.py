@@ -24,7 +24,7 @@ from cotrain.inference import logit_slabs, soft_mask_of, windows
 from cotrain.masks import confidence_of, labels_on_image_grid, quantised, with_background
 from cotrain.merge import mean_of
 from cotrain.nnunet import Planned
-from cotrain.predict import final_checkpoints, stage_on
+from cotrain.predict import check_replaces_nothing, final_checkpoints, stage_on
 from cotrain.settings import Inference
 
 CPU = torch.device("cpu")
@@ -390,6 +390,24 @@ def test_a_checkpoint_of_the_other_network_is_refused(tiny, trained_3d, infer_wo
 
 
 # ------------------------------------------------------------------------------ prediction
+
+
+def test_prediction_replaces_neither_an_image_nor_a_corrected_mask(
+    tiny, pseudo_masks, cotrain, tmp_path
+):
+    words = ["merge", "--masks", pseudo_masks, pseudo_masks, "--preprocessed", tiny.preprocessed]
+    words += ["--split", "unlabelled", "--cases", tiny.tables["unlabelled"]]
+    cotrain(*words, "--out-dir", tmp_path)
+    cases = [row["case"] for row in tiny.rows("unlabelled")]
+    check_replaces_nothing([*cases, "new"], tmp_path)
+    shutil.copy(tiny.rows("unlabelled")[0]["image"], tmp_path / "new.nii.gz")
+    with pytest.raises(InputError, match=r"new\.nii\.gz would be replaced .* another --out-dir"):
+        check_replaces_nothing([*cases, "new"], tmp_path)
+    corrected = tmp_path / f"{cases[0]}.nii.gz"
+    corrected.unlink()
+    shutil.copy(tmp_path / f"{cases[1]}.nii.gz", corrected)
+    with pytest.raises(InputError, match=rf"{cases[0]}\.nii\.gz and 1 more would be replaced"):
+        check_replaces_nothing([*cases, "new"], tmp_path)
 
 
 def test_networks_that_did_not_end_the_same_run_are_not_averaged(tmp_path):

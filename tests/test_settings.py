@@ -34,10 +34,10 @@ def changed_stages(**changes):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ({"expirement": "e"}, "unknown setting `expirement`; did you mean `experiment`?"),
+        ({"expirement": "e"}, "unknown setting `expirement`; did you mean `experiment`."),
         (
             {"cotraining": {"sampling": {"share_strat": 0.1}}},
-            "unknown setting `cotraining.sampling.share_strat`; did you mean `share_start`?",
+            "unknown setting `cotraining.sampling.share_strat`; did you mean `share_start`.",
         ),
         ({"audit": {"x": 1}}, "unknown setting `audit.x`; known keys: max_cases"),
         ({"training_2d": {"learning_rate": 0}}, "`training_2d.learning_rate` is 0: "),

@@ -97,6 +97,12 @@ def test_a_training_not_heard_of_for_long_is_interrupted(tmp_path):
     )
 
 
+def test_a_finished_training_that_is_to_be_made_again_is_waiting(tmp_path):
+    # Snakemake has removed its checkpoint; what it reported at its end is still there.
+    work_in(tmp_path / "train_2d", 10, 10, "epochs", seconds_ago=3700)
+    assert state(tmp_path / "train_2d") == State("waiting")
+
+
 def test_a_failed_step_shows_the_first_line_of_its_error(tmp_path):
     with (
         pytest.raises(RuntimeError),
@@ -329,6 +335,13 @@ def test_an_experiment_without_a_round_says_how_far_its_preparation_is(tmp_path)
     text = status_text(folder, benchmarks=tmp_path / "b", logs=tmp_path / "l", now=NOW)
     assert "No round has been started. Cases checked: yes; planned: no." in text
     assert "snakemake --configfile config/demo.yaml" in text
+
+
+def test_the_command_names_the_settings_where_they_are_and_a_placeholder_elsewhere(tmp_path):
+    folder = tmp_path / "results/mine"
+    write(folder / "cases/unlabelled.tsv", "case\timage\tlabel\n")
+    text = status_text(folder, benchmarks=tmp_path / "b", logs=tmp_path / "l", now=NOW)
+    assert "snakemake --configfile SETTINGS.yaml" in text
 
 
 def test_without_any_experiment_it_says_how_to_start_one(tmp_path, capsys):

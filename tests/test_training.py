@@ -95,6 +95,14 @@ def test_a_network_that_is_not_finite_is_never_saved(trainer_in, train_epoch):
         train_epoch(trainer, set())
 
 
+def test_the_same_training_is_saved_to_the_same_bytes_under_any_name(trainer_in, tmp_path):
+    # Or a finished training that is started again would train all that follows anew.
+    trainer = trainer_in("2d", "fp32")
+    for name in ("one.pth", "other.pth"):
+        trainer.save(tmp_path / name)
+    assert (tmp_path / "one.pth").read_bytes() == (tmp_path / "other.pth").read_bytes()
+
+
 @pytest.mark.parametrize(("audit", "depends"), [(None, False), (Path("audit.tsv"), True)])
 def test_a_training_that_nobody_teaches_does_not_depend_on_unlabelled_cases(
     audit, depends, tmp_path

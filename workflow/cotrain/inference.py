@@ -313,12 +313,17 @@ def _finished_rows(path: Path) -> list[dict]:
     """
     if not path.is_file():
         return []
-    lines = path.read_text().split("\n")
-    rows = [json.loads(line) for line in lines[:-1]]
     # One edited or deleted is made again: an audit that refused it says how to get there.
-    rows = [row for row in rows if _is_whole(row, path.parents[1])]
+    rows = [row for row in noted_rows(path) if _is_whole(row, path.parents[1])]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
+
+
+def noted_rows(path: Path) -> list[dict]:
+    """Return the manifest rows that were noted as cases were finished, whole lines only."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 def _is_whole(made: dict, folder: Path) -> bool:

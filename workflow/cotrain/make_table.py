@@ -177,9 +177,12 @@ def run(arguments: argparse.Namespace) -> None:
     write_table(table, arguments.out)
     try:
         checked = read_cases(arguments.out, arguments.data_folder)
-    except InputError:
+    except InputError as error:
         arguments.out.unlink()
-        raise
+        raise InputError(
+            f"{error} (That is about the table as it would have been; {arguments.out} was not "
+            "written. A case is named as its files are.)"
+        ) from None
     counts = [f"{(checked['split'] == split).sum()} {split}" for split in SPLITS]
     print(f"{arguments.out}: {', '.join(counts)}")
 

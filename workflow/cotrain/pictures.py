@@ -297,11 +297,12 @@ def overlay_page(
         for name, value in labels.items()
     )
     introduction = (
-        f"{len(audit)} masks, the least confident first: look there first. In colour: {legend}; "
-        "white is the truth where it is known; rows of refused masks are tinted. Confidence and "
-        "Dice are in %. Paths are relative to the folder of this page: call ITK-SNAP there. To "
-        "throw a mask out or to replace it, write a row with its case, round and folder into the "
-        "review table (results/README.md says how)."
+        f"{(audit['accepted'] == 'true').sum()} of {len(audit)} masks teach, the least confident "
+        "first: look there first (what a person put in their place comes last). In colour: "
+        f"{legend}; white is the truth where it is known; rows of refused masks are tinted. "
+        "Confidence and Dice are in %. Paths are relative to the folder of this page: call "
+        "ITK-SNAP there. To throw a mask out or to replace it, write a row with its case, round "
+        "and folder into the review table (results/README.md says how)."
     )
     if audit.empty:
         introduction = "No mask taught this network in this round."

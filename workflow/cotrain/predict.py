@@ -7,6 +7,7 @@ of both is better (docs/accuracy.md), and this command makes it. The steps are t
 import argparse
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -98,6 +99,23 @@ def checked_table(arguments: argparse.Namespace, planned: Planned) -> pd.DataFra
     return table
 
 
+def check_replaces_nothing(cases: Iterable[str], out_dir: Path) -> None:
+    """Raise InputError where a mask would be written over a file that this command has not made.
+
+    Such as an image, or a mask of its own that a person has corrected since.
+    """
+    noted = inference.noted_rows(out_dir / "work" / "shard-0.finished.jsonl")
+    made = {row["mask"]: row["mask_sha256"] for row in noted}
+    files = [out_dir / f"{case}.nii.gz" for case in cases]
+    others = [file for file in files if file.is_file() and sha256_of(file) != made.get(file.name)]
+    if others:
+        raise InputError(
+            f"{others[0]}{f' and {len(others) - 1} more' if len(others) > 1 else ''} would be "
+            "replaced by a mask, but was not made by this command, or was edited since; give "
+            "another --out-dir, or move it away."
+        )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `cotrain predict`."""
     parser.add_argument(
@@ -122,6 +140,7 @@ def run(arguments: argparse.Namespace) -> None:
     steps = out_dir / "steps"
     folder, table, settings = steps / "preprocessed", steps / "cases.tsv", steps / "infer.yaml"
     cases = checked_table(arguments, planned)
+    check_replaces_nothing(cases["case"], out_dir)
     write_table(cases, table)
     write_text(as_yaml(stage), settings)
     folder.mkdir(exist_ok=True)

@@ -467,7 +467,7 @@ def _sentence(problem: dict, model: type[Section]) -> str:
     if problem["type"] == "extra_forbidden":
         known = sorted(_keys_beside(problem["loc"], model))
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-        remedy = f"did you mean `{near[0]}`?" if near else "known keys: " + ", ".join(known)
+        remedy = f"did you mean `{near[0]}`" if near else "known keys: " + ", ".join(known)
         return f"unknown setting `{key}`; {remedy}"
     if problem["type"] == "missing":
         return f"the setting `{key}` is missing; add it"

@@ -96,7 +96,8 @@ def stage_state(
         left = f", {_minutes(seconds_left)} left" if signs else ""
         return State("running", f"{unit} {done} of {total}{left}" if signs else "starting")
     heard = [sign["updated"] for sign in signs] + _renewed(locks)
-    if heard:
+    # A finished one that is to be made again left such signs, too.
+    if heard and not (signs and done >= total):
         return State("interrupted", f"last sign {_clock(max(heard), now=now)}")
     if finished:
         return State("partly", f"{finished} of {cases} cases")
@@ -414,7 +415,13 @@ def _look_next(folder: Path, *, logs: Path) -> list[str]:
     lines = [f"{what}: {path}" for what, paths in places.items() for path in paths if path.exists()]
     if any(folder.glob("*/round-*/train_*/tensorboard")):
         lines.append(f"curves: tensorboard --logdir {folder}")
-    return lines or [f"nothing yet; start it: snakemake --configfile config/{folder.name}.yaml"]
+    return lines or [f"nothing yet; start it: {_command_for(folder.name)}"]
+
+
+def _command_for(experiment: str) -> str:
+    """Return the command that runs an experiment, whose settings may lie anywhere."""
+    ours = Path(f"config/{experiment}.yaml")
+    return f"snakemake --configfile {ours if ours.is_file() else 'SETTINGS.yaml'}"
 
 
 # ---------------------------------------------------------------------------------- command
@@ -440,7 +447,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not known:
         print(
             f"Nothing has been started: {results} holds no experiment. "
-            f"Start one: snakemake --configfile config/{arguments.experiment}.yaml"
+            f"Start one: {_command_for(arguments.experiment)}"
         )
         return
     if arguments.experiment not in known:

@@ -162,8 +162,9 @@ class Trainer:
             "scaler_state": self.scaler.state_dict() if self.scaler else None,
             "curve": self.curve,
         }
-        with write_atomically(path) as temporary:
-            torch.save(content, temporary)
+        # Given a path, torch writes its last part into the file: the same weights, other bytes.
+        with write_atomically(path) as temporary, open(temporary, "wb") as opened:
+            torch.save(content, opened)
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint of `save`; `start` must have been called."""
