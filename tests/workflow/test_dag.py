@@ -802,7 +802,7 @@ def refused(folder: Path, config: Path, *options: str) -> str:
 
 def test_a_misspelt_key_is_named_with_the_right_one(project: Path):
     text = refused(project, settings_file(project, training_2d__learning_rat=0.1))
-    assert "unknown setting `training_2d.learning_rat`; did you mean `learning_rate`?" in text
+    assert "unknown setting `training_2d.learning_rat`; did you mean `learning_rate`." in text
 
 
 def test_a_missing_file_is_named(project: Path):
