@@ -7,7 +7,6 @@ unaudited mask. A mask that was edited in place is refused by its hash.
 import argparse
 import hashlib
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from cotrain.errors import InputError
 from cotrain.files import read_table, sha256_of, write_json, write_table
 from cotrain.nifti import check_same_grid, read_labels, voxel_volume_ml
 from cotrain.nnunet import Planned
-from cotrain.review import read_review
+from cotrain.review import masks_of, read_review
 
 COLUMNS = [
     "case",
@@ -42,15 +41,10 @@ def verdict_on(case: str, sources: list[str], review: pd.DataFrame) -> dict | No
     verdict on a mask counts; over several sources exclude wins, then replace: a mean with a mask
     that a person threw out is not taught.
     """
-    found = []
-    for source in sources:
-        number, masks = re.fullmatch(r"round-(\d+)/(\w+)", source).groups()
-        rows = review[
-            (review["case"] == case)
-            & (review["masks"] == masks)
-            & (review["round"].str.zfill(2) == number)
-        ]
-        found += rows.tail(1).to_dict("records")
+    rows = [row for row in review.to_dict("records") if row["case"] == case]
+    # Of each mask the last one, in the order of the sources.
+    last = {masks_of(row): row for row in rows}
+    found = [last[source] for source in sources if source in last]
     for verdict in ("exclude", "replace", "accept"):
         for row in found:
             if row["verdict"] == verdict:
@@ -77,9 +71,9 @@ def masks_judged(
     return judged
 
 
-def masks_of(verdict: dict) -> str:
-    """Return the mask set that a verdict is about, as `round-01/pseudo_3d`."""
-    return f"round-{verdict['round']:0>2}/{verdict['masks']}"
+def set_in(folder: Path) -> str:
+    """Return the mask set in a folder, named as `masks_of` names that of a verdict."""
+    return "/".join(folder.parts[-2:])
 
 
 def as_text(verdict: dict) -> str:
@@ -228,7 +222,7 @@ def run(arguments: argparse.Namespace) -> None:
         for made in sets[folder]:
             check_unedited(folder, made)
     masks = {
-        "/".join(folder.parts[-2:]): {made["case"]: made["mask_sha256"] for made in rows}
+        set_in(folder): {made["case"]: made["mask_sha256"] for made in rows}
         for folder, rows in sets.items()
     }
     rows = {row["case"]: row for row in read_table(arguments.cases).to_dict("records")}
@@ -237,11 +231,10 @@ def run(arguments: argparse.Namespace) -> None:
     note = arguments.out.with_suffix(".judged.json")
     before = json.loads(note.read_text()) if note.is_file() else {"masks": {}, "verdicts": {}}
     judged = masks_judged(review, masks, before)
-    sources = ["/".join(each.parts[-2:]) for each in arguments.source_masks]
-    own = "/".join(arguments.masks.parts[-2:])
+    sources = [set_in(folder) for folder in (*arguments.source_masks, arguments.masks)]
     table = []
     for made in manifest.sort_values("case").to_dict("records"):
-        verdict = verdict_on(made["case"], [*sources, own], review)
+        verdict = verdict_on(made["case"], sources, review)
         audited = audit_row(made, rows[made["case"]], verdict, arguments.masks, labels)
         if verdict is not None and verdict["verdict"] == "replace":
             soft = arguments.out.parent / f"replaced_{arguments.out.stem}" / made["soft"]

@@ -4,7 +4,7 @@ Imported by the Snakefile, so nothing heavier than pandas is imported here.
 """
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +15,11 @@ from cotrain.files import read_table
 COLUMNS = ["case", "round", "masks", "verdict", "mask"]
 MASKS = ("pseudo_2d", "pseudo_3d", "teacher_2d", "teacher_3d")
 VERDICTS = ("accept", "exclude", "replace")
+
+
+def masks_of(verdict: Mapping[str, str]) -> str:
+    """Return the mask set that a verdict is about, as `round-01/pseudo_3d`."""
+    return f"round-{verdict['round']:0>2}/{verdict['masks']}"
 
 
 def read_review(path: Path | None, cases: Collection[str]) -> pd.DataFrame:

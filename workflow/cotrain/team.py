@@ -56,9 +56,9 @@ class Place:
 def team(devices: list[torch.device], help_: Callable, *arguments: object) -> Iterator[Place]:
     """Form a group of a process for each device, of which this one is the first; none for one.
 
-    help_: called as `help_(place, *arguments)` in each other process, it
-    must take part in the same collective operations as this one. The others are ended on leaving;
-    should one die before, this process dies at once, because it would wait for it for long.
+    help_: called as `help_(place, *arguments)` in each other process, it must take part in the same
+    collective operations as this one. The others are ended on leaving; should one die before, this
+    process dies at once, because it would wait for it for long.
     """
     places = [Place(rank, len(devices), device) for rank, device in enumerate(devices)]
     if len(places) == 1:

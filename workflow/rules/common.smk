@@ -16,7 +16,7 @@ from cotrain.cases import SPLITS, cases_of, read_cases
 from cotrain.errors import InputError
 from cotrain.experiments import experiments_of
 from cotrain.files import write_json
-from cotrain.review import read_review
+from cotrain.review import masks_of, read_review
 from cotrain.settings import as_yaml
 from cotrain.takeover import take_over
 from snakemake.exceptions import WorkflowError
@@ -215,11 +215,8 @@ def fingerprint_of(wildcards):
     rows = CASES[wildcards.experiment][wildcards.split]
     told = rows.to_csv(index=False)
     if wildcards.split == "unlabelled":
-        images = [path for channels in rows["image"] for path in channels.split(";")]
-        found = [
-            os.stat(path)
-            for path in [*images, *truths_of(wildcards.experiment, "unlabelled")]
-        ]
+        files = images_and_truths_of(wildcards.experiment, "unlabelled")
+        found = [os.stat(path) for path in files]
         told += str([(each.st_size, each.st_mtime_ns) for each in found])
     return hashlib.sha256(told.encode()).hexdigest()
 
@@ -260,6 +257,11 @@ def files_of(experiment, split):
     """
     if split == "unlabelled":
         return []
+    return images_and_truths_of(experiment, split)
+
+
+def images_and_truths_of(experiment, split):
+    """Return all channels of a split's images, and the labels of those that have one."""
     images = [
         path
         for channels in CASES[experiment][split]["image"]
@@ -443,7 +445,7 @@ def mask_sets_heard(experiment, network, round):
 
 def mask_set_judged(experiment, row):
     """Return the folder of the masks that a person's verdict is about."""
-    return f"results/{experiment}/cotrain/round-{row['round']:0>2}/{row['masks']}"
+    return f"results/{experiment}/cotrain/{masks_of(row)}"
 
 
 def review_for(wildcards):
@@ -691,12 +693,11 @@ def compared_experiments(wildcards):
     return [f"{group}:{name}" for name, group in GROUPS.items()]
 
 
-def last_checkpoint(wildcards):
-    """Return the co-trained 3D network that was trained last: the product."""
+def last_checkpoint(wildcards, network="3d"):
+    """Return the co-trained network that was trained last; that of 3D is the product."""
     last = all_rounds_of(wildcards.experiment)[-1]
-    return (
-        f"results/{wildcards.experiment}/cotrain/round-{last}/train_3d/checkpoint.pth"
-    )
+    folder = folder_of_round(wildcards.experiment, "cotrain", network, last)
+    return f"{folder}/train_{network}/checkpoint.pth"
 
 
 def last_provenance(wildcards):

@@ -110,15 +110,7 @@ rule export:
     """Write the last co-trained 3D network as a plain nnU-Net model folder."""
     input:
         checkpoint=last_checkpoint,
-        averaged_with=lambda wildcards: expand(
-            "{folder}/train_2d/checkpoint.pth",
-            folder=folder_of_round(
-                wildcards.experiment,
-                "cotrain",
-                "2d",
-                all_rounds_of(wildcards.experiment)[-1],
-            ),
-        ),
+        averaged_with=lambda wildcards: last_checkpoint(wildcards, "2d"),
         trained=last_provenance,
         plans="results/{experiment}/preprocessed/plans.json",
         dataset="results/{experiment}/preprocessed/dataset.json",
