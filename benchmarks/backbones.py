@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from cotrain.batches import BatchSource, Case
@@ -92,12 +93,9 @@ def measure(experiment: Path, name: str, steps: int, patch_size: list[int]) -> d
                 for case in read_table(experiment / "cases/labelled.tsv")["case"]
             ],
             unlabelled=[],
-            counts=trainer.schedule.unlabelled_counts(
-                trainer.schedule.window(0), 0, planned.configuration(network).batch_size
-            )
-            * 0,
+            counts=np.zeros((1, steps), dtype=int),
             seed=0,
-            epoch=0,
+            first_epoch=0,
             mirroring=training.training.mirroring,
         )
         trainer.compiled.train()

@@ -157,10 +157,7 @@ def train(arguments: argparse.Namespace) -> Path:
         out / "blank",
         planned,
     )
-    for _ in range(arguments.epochs):
-        row = trainer.train_epoch(
-            window, 0, labelled=labelled, unlabelled=unlabelled, control=False
-        )
+    for row in trainer.epochs(window, 0, labelled=labelled, unlabelled=unlabelled, control=False):
         print(
             f"{arguments.peer} epoch {row['epoch']} of {arguments.epochs}  loss {row['loss']:.4f}  "
             f"unlabelled share {row['share_realised']:.3f}  {row['seconds']:.1f} s",

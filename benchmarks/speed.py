@@ -7,7 +7,7 @@ Without a table it makes the demo's subjects. Three measures, stock and ours in 
 machine is busy for both:
 
 - training: seconds from one optimiser step to the next, which is a step with its batch. Stock's
-  nnUNetTrainer.train_step with its own data loader, ours as Trainer.train_epoch runs it; same
+  nnUNetTrainer.train_step with its own data loader, ours as Trainer.epochs runs it; same
   plans, arrays, network and torch threads. What differs: stock steps with SGD and takes label maps
   at every scale from its loader; ours steps with AdamW, keeps a moving average of the weights and
   takes class probabilities at the finest scale.
@@ -314,12 +314,14 @@ def measure_training(prepared: Prepared, *, steps: int, repetitions: int) -> lis
         trainer.start(None)
 
         def epoch() -> None:
-            trainer.train_epoch(
-                trainer.schedule.window(0),
-                0,
-                labelled=labelled,
-                unlabelled=unlabelled,
-                control=share == 0,
+            next(
+                trainer.epochs(
+                    trainer.schedule.window(0),
+                    0,
+                    labelled=labelled,
+                    unlabelled=unlabelled,
+                    control=share == 0,
+                )
             )
 
         return lambda: seconds_of_steps(trainer.optimizer, epoch)

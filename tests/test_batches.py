@@ -50,9 +50,9 @@ def source_of(planned, network, labelled, unlabelled, counts, *, epoch=0, seed=0
         network,
         labelled=labelled,
         unlabelled=unlabelled,
-        counts=np.array(counts),
+        counts=np.array(counts, ndmin=2),
         seed=seed,
-        epoch=epoch,
+        first_epoch=epoch,
         mirroring=True,
     )
 
@@ -85,6 +85,16 @@ def test_every_iteration_epoch_seed_and_slot_draws_another_sample(planned, label
     assert not any(same(first[0], other) for other in others)
     of_one_batch = source_of(planned, "2d", labelled, unlabelled, [0])[0]["data"]
     assert len(torch.unique(of_one_batch, dim=0)) == 4
+
+
+def test_epochs_made_in_one_stream_are_the_epochs_made_one_by_one(planned, labelled, unlabelled):
+    # Or a resumed training, which begins in their midst, would draw other batches.
+    joined = source_of(planned, "3d", labelled, unlabelled, [[0, 1], [2, 0]], epoch=3)
+    second = source_of(planned, "3d", labelled, unlabelled, [2, 0], epoch=4)
+    assert len(joined) == 4
+    of_joined = batches(joined, workers=1, pin_memory=False)
+    expected = [*batches(second, workers=0, pin_memory=False)]
+    assert all(same(*pair) for pair in zip([*of_joined][2:], expected, strict=True))
 
 
 @pytest.mark.parametrize("network", NETWORKS)

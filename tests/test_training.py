@@ -56,7 +56,7 @@ def train_epoch(tiny):
         forward.train = compiled.train
         trainer.compiled = forward
         window = trainer.schedule.window(0)
-        return trainer.train_epoch(window, 0, labelled=labelled, unlabelled=[], control=True)
+        return next(trainer.epochs(window, 0, labelled=labelled, unlabelled=[], control=True))
 
     return train
 
@@ -84,6 +84,15 @@ def test_a_training_that_mostly_overflows_stops(trainer_in, train_epoch):
 def test_any_step_that_is_not_finite_stops_a_training_in_fp32(trainer_in, train_epoch):
     with pytest.raises(InputError, match="The loss of epoch 0 is nan"):
         train_epoch(trainer_in("2d", "fp32"), {1})
+
+
+def test_a_training_that_wants_pseudo_masks_and_has_none_stops_before_its_first_step(trainer_in):
+    trainer = trainer_in("2d", "fp32")
+    window = trainer.schedule.window(1)
+    trainer.epoch = window.start
+    with pytest.raises(InputError, match=r"Round 01 of the 2d network wants .* accepted no mask"):
+        next(trainer.epochs(window, 1, labelled=[], unlabelled=[], control=False))
+    assert trainer.epoch == window.start
 
 
 def test_a_network_that_is_not_finite_is_never_saved(trainer_in, train_epoch):

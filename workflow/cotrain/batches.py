@@ -120,11 +120,12 @@ def _mask_by_own_slice(transforms, *, slices: int) -> None:
 
 
 class BatchSource(torch.utils.data.Dataset):
-    """Batches of one epoch by their number; an item is a whole batch.
+    """Batches of consecutive epochs by their number; an item is a whole batch.
 
     An item is a dictionary: `data` `(B, C, ...)` float32, `target` `(B, K, ...)` float32
     probabilities of K classes (one-hot for labelled samples), labelled samples first.
 
+    counts: `(epochs, iterations)` int, unlabelled samples of each batch; the rest is labelled.
     place: of several processes that train together each makes its own share of the same batches.
     """
 
@@ -137,7 +138,7 @@ class BatchSource(torch.utils.data.Dataset):
         unlabelled: list[Case],
         counts: np.ndarray,
         seed: int,
-        epoch: int,
+        first_epoch: int,
         mirroring: bool,
         place: Place | None = None,
     ) -> None:
@@ -153,7 +154,7 @@ class BatchSource(torch.utils.data.Dataset):
             configuration, mirroring=mirroring, adjacent_slices=self.adjacent_slices
         )
         self.labelled, self.unlabelled = labelled, unlabelled
-        self.counts, self.seed, self.epoch = counts, seed, epoch
+        self.counts, self.seed, self.first_epoch = counts, seed, first_epoch
         self.stream = STREAMS[network]
         # Only its choice of patches is used; it reads sizes, not data.
         self.cropper = nnUNetDataLoader(
@@ -166,18 +167,19 @@ class BatchSource(torch.utils.data.Dataset):
         )
 
     def __len__(self) -> int:
-        return len(self.counts)
+        return self.counts.size
 
-    def __getitem__(self, iteration: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
         data, target = [], []
-        words = (self.seed, self.stream, self.epoch, iteration)
+        epoch, iteration = divmod(number, self.counts.shape[1])
+        words = (self.seed, self.stream, self.first_epoch + epoch, iteration)
         # Which slots are aimed at foreground is drawn, so that labelled and pseudo-labelled
         # samples are aimed equally often; how many are is stock nnU-Net's.
         aimed_slots = np.random.default_rng(words).permutation(self.batch_size)
         random_slots = round(self.batch_size * (1 - FOREGROUND_OVERSAMPLING))
         for slot in self.slots:
             seed_everything(*words, slot)
-            if slot < self.batch_size - self.counts[iteration]:
+            if slot < self.batch_size - self.counts[epoch, iteration]:
                 case = self.labelled[np.random.randint(len(self.labelled))]
             else:
                 # With chances, though equal: without them numpy draws other numbers, and a training
@@ -257,7 +259,7 @@ def _locations(arrays: str, soft: str | None) -> dict[int, np.ndarray]:
 
 
 def batches(source: BatchSource, *, workers: int, pin_memory: bool) -> Iterator[dict]:
-    """Yield an epoch's batches in order, made by `workers` processes (0: in this one).
+    """Yield all batches of a source in order, made by `workers` processes (0: in this one).
 
     The order and content do not depend on the number of workers.
     """

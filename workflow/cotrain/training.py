@@ -8,13 +8,16 @@ to be overridden to make a killed training end in the same bits as an undisturbe
 
 import argparse
 import hashlib
+import itertools
 import math
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -182,7 +185,7 @@ class Trainer:
             self.scaler.load_state_dict(content["scaler_state"])
         self.epoch, self.curve = content["epoch"], content["curve"]
 
-    def train_epoch(
+    def epochs(
         self,
         window: Window,
         round_: int,
@@ -190,21 +193,26 @@ class Trainer:
         labelled: list[Case],
         unlabelled: list[Case],
         control: bool,
-    ) -> dict[str, float]:
-        """Train the next epoch and return its row of the curve.
+    ) -> Iterator[dict[str, float]]:
+        """Train the epochs that are left of a window; yield the row of the curve after each.
 
-        control: train on labelled cases alone, with the same rates. Raises InputError where the
-        loss or the network is not finite.
+        control: train on labelled cases alone, with the same rates. Raises InputError where
+        pseudo-masks are wanted and none was accepted, or the loss or the network is not finite.
         """
-        began = time.time()
         batch_size = self.planned.configuration(self.network_name).batch_size
-        counts = self.schedule.unlabelled_counts(window, self.epoch, batch_size)
+        counts = np.array(
+            [
+                self.schedule.unlabelled_counts(window, epoch, batch_size)
+                for epoch in range(self.epoch, window.stop)
+            ]
+        )
         if control:
             counts = counts * 0
         if counts.any() and not unlabelled:
             raise InputError(
-                f"Epoch {self.epoch} wants pseudo-labelled samples, but the audit accepted no "
-                "mask; look at the audit page, and accept masks or stop before this round."
+                f"Round {round_:02d} of the {self.network_name} network wants pseudo-labelled "
+                "samples, but the audit accepted no mask; look at the audit page, and accept masks "
+                "or stop before this round."
             )
         source = BatchSource(
             self.planned,
@@ -213,14 +221,32 @@ class Trainer:
             unlabelled=unlabelled,
             counts=counts,
             seed=self.stage.seed,
-            epoch=self.epoch,
+            first_epoch=self.epoch,
             mirroring=self.stage.training.mirroring,
             place=self.place,
         )
+        # Of all epochs at once: the processes that make batches start once, and go on making them
+        # while an epoch is ended and saved, so that a GPU does not wait for each epoch's first.
+        pin = self.device.type == "cuda"
+        coming = batches(source, workers=self.workers, pin_memory=pin)
+        for of_epoch in counts:
+            own = itertools.islice(coming, len(of_epoch))
+            yield self._train_epoch(window, round_, own, counts=of_epoch, control=control)
+
+    def _train_epoch(
+        self,
+        window: Window,
+        round_: int,
+        batches_of_epoch: Iterator[dict[str, torch.Tensor]],
+        *,
+        counts: np.ndarray,
+        control: bool,
+    ) -> dict[str, float]:
+        began = time.time()
+        batch_size = self.planned.configuration(self.network_name).batch_size
         self.compiled.train()
         losses, rates, shares = [], [], []
-        pin = self.device.type == "cuda"
-        for iteration, batch in enumerate(batches(source, workers=self.workers, pin_memory=pin)):
+        for iteration, batch in enumerate(batches_of_epoch):
             rate = self.schedule.learning_rate(window, self.epoch, iteration)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -325,24 +351,20 @@ def _help(
     _share_threads(arguments.threads, place.size)
     planned = Planned.read(arguments.preprocessed)
     trainer = _started(arguments, stage, planned, place, workers, start_from)
-    window = trainer.schedule.window(arguments.round)
-    while trainer.epoch < window.stop:
-        _next_epoch(trainer, window, arguments, cases)
+    for _ in _epochs(trainer, arguments, cases):
+        pass
 
 
 def _share_threads(threads: int, processes: int) -> None:
     torch.set_num_threads(max(1, threads // processes))
 
 
-def _next_epoch(
-    trainer: Trainer,
-    window: Window,
-    arguments: argparse.Namespace,
-    cases: tuple[list[Case], list[Case]],
-) -> dict[str, float]:
+def _epochs(
+    trainer: Trainer, arguments: argparse.Namespace, cases: tuple[list[Case], list[Case]]
+) -> Iterator[dict[str, float]]:
     labelled, unlabelled = cases
-    return trainer.train_epoch(
-        window,
+    return trainer.epochs(
+        trainer.schedule.window(arguments.round),
         arguments.round,
         labelled=labelled,
         unlabelled=unlabelled,
@@ -511,8 +533,7 @@ def _train_round(
                 print(_line_of(row, done=row["epoch"] + 1 - window.start, total=total))
             print(f"Resuming after epoch {trainer.epoch - 1} from {latest}.", flush=True)
         with SummaryWriter(str(events), purge_step=trainer.epoch) as board:
-            while trainer.epoch < window.stop:
-                row = _next_epoch(trainer, window, arguments, cases)
+            for row in _epochs(trainer, arguments, cases):
                 work.insist()
                 trainer.save(latest)
                 for name in CURVE_COLUMNS[2:]:
