@@ -204,6 +204,14 @@ def test_a_replacement_on_the_same_voxels_equals_the_preprocessed_label(audit, t
     assert table.loc["flipped_u", "truth_dice"] == "1.0000"
 
 
+def test_an_empty_replacement_is_learnt_and_told(audit, tiny, tmp_path):
+    label = tiny.rows("unlabelled")[1]["label"]
+    empty = altered(label, lambda a: a.fill(0), tmp_path / "empty.nii.gz")
+    audited = audit(verdict("flipped_u", "replace", empty)).loc["flipped_u"]
+    assert audited["accepted"] == "true"
+    assert "the corrected mask is empty, and teaches" in audited["reason"]
+
+
 def test_a_replacement_on_another_grid_is_refused(audit, tiny):
     message = audit(verdict("flipped_u", "replace", tiny.rows("unlabelled")[0]["label"]))
     assert "has its voxels up to" in message

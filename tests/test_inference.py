@@ -8,6 +8,7 @@ from pathlib import Path
 import blosc2
 import nibabel
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
@@ -24,7 +25,7 @@ from cotrain.inference import logit_slabs, soft_mask_of, windows
 from cotrain.masks import confidence_of, labels_on_image_grid, quantised, with_background
 from cotrain.merge import mean_of
 from cotrain.nnunet import Planned
-from cotrain.predict import check_replaces_nothing, final_checkpoints, stage_on
+from cotrain.predict import check_replaces_nothing, final_checkpoints, hand_over, stage_on
 from cotrain.settings import Inference
 
 CPU = torch.device("cpu")
@@ -397,15 +398,21 @@ def test_prediction_replaces_neither_an_image_nor_a_corrected_mask(
 ):
     words = ["merge", "--masks", pseudo_masks, pseudo_masks, "--preprocessed", tiny.preprocessed]
     words += ["--split", "unlabelled", "--cases", tiny.tables["unlabelled"]]
-    cotrain(*words, "--out-dir", tmp_path)
+    mean = tmp_path / "steps" / "mean"
+    cotrain(*words, "--out-dir", mean)
+    hand_over(mean, tmp_path)
     cases = [row["case"] for row in tiny.rows("unlabelled")]
+    masks = {f"{case}.nii.gz" for case in cases}
+    assert {path.name for path in tmp_path.iterdir()} == {"steps", "confidence.tsv", *masks}
+    sure = pd.read_csv(tmp_path / "confidence.tsv", sep="\t")
+    assert sorted(sure["case"]) == sorted(cases)
+    assert sure["confidence"].is_monotonic_increasing
     check_replaces_nothing([*cases, "new"], tmp_path)
     shutil.copy(tiny.rows("unlabelled")[0]["image"], tmp_path / "new.nii.gz")
     with pytest.raises(InputError, match=r"new\.nii\.gz would be replaced .* another --out-dir"):
         check_replaces_nothing([*cases, "new"], tmp_path)
-    corrected = tmp_path / f"{cases[0]}.nii.gz"
-    corrected.unlink()
-    shutil.copy(tmp_path / f"{cases[1]}.nii.gz", corrected)
+    # In place: what was handed over belongs to the user.
+    shutil.copy(tmp_path / f"{cases[1]}.nii.gz", tmp_path / f"{cases[0]}.nii.gz")
     with pytest.raises(InputError, match=rf"{cases[0]}\.nii\.gz and 1 more would be replaced"):
         check_replaces_nothing([*cases, "new"], tmp_path)
 

@@ -165,6 +165,9 @@ def audit_row(
             mask = Path(verdict["mask"])
             volume_ml = volume_of_replacement(mask, row["image"].split(";")[0], labels)
             made = {**made, "confidence": "1.0000", "volume_ml": f"{volume_ml:.4f}"}
+            if volume_ml == 0:
+                # Of a structure that may be missing, but also what a viewer saves by mistake.
+                reason += "; the corrected mask is empty, and teaches that nothing is there"
     elif float(made["volume_ml"]) == 0:
         accepted, reason = False, "the mask is empty"
     truth_dice = ""

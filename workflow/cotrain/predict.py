@@ -16,7 +16,7 @@ from cotrain import inference, merge, preprocess
 from cotrain.data_check import all_examined, refuse
 from cotrain.device import device_of
 from cotrain.errors import InputError
-from cotrain.files import sha256_of, write_table, write_text
+from cotrain.files import read_table, sha256_of, write_atomically, write_table, write_text
 from cotrain.make_table import add_image_arguments, images_of
 from cotrain.nnunet import Planned
 from cotrain.settings import InferStage, as_yaml, load
@@ -104,7 +104,7 @@ def check_replaces_nothing(cases: Iterable[str], out_dir: Path) -> None:
 
     Such as an image, or a mask of its own that a person has corrected since.
     """
-    noted = inference.noted_rows(out_dir / "work" / "shard-0.finished.jsonl")
+    noted = inference.noted_rows(out_dir / "steps" / "mean" / "work" / "shard-0.finished.jsonl")
     made = {row["mask"]: row["mask_sha256"] for row in noted}
     files = [out_dir / f"{case}.nii.gz" for case in cases]
     others = [file for file in files if file.is_file() and sha256_of(file) != made.get(file.name)]
@@ -114,6 +114,19 @@ def check_replaces_nothing(cases: Iterable[str], out_dir: Path) -> None:
             "replaced by a mask, but was not made by this command, or was edited since; give "
             "another --out-dir, or move it away."
         )
+
+
+def hand_over(masks: Path, out_dir: Path) -> None:
+    """Put a mask set's NIfTI files into `out_dir`, and a table of how sure each is.
+
+    As copies, which a person may correct in place: in a mask set a file is not to be touched.
+    """
+    manifest = read_table(masks / "manifest-0.tsv")
+    for mask in manifest["mask"]:
+        with write_atomically(out_dir / mask) as temporary:
+            shutil.copyfile(masks / mask, temporary)
+    by_confidence = manifest.sort_values("confidence", key=pd.to_numeric, ignore_index=True)
+    write_table(by_confidence[["case", "confidence", "volume_ml"]], out_dir / "confidence.tsv")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -158,8 +171,12 @@ def run(arguments: argparse.Namespace) -> None:
             *("--settings", settings, "--out-dir", steps / network),
         )
     masks = [steps / network for network in checkpoints]
-    _call(merge, *words, "--masks", *masks, "--out-dir", out_dir)
-    print(f"Masks in {out_dir}; {steps} has those of each network, and may be removed.")
+    _call(merge, *words, "--masks", *masks, "--out-dir", steps / "mean")
+    hand_over(steps / "mean", out_dir)
+    print(
+        f"Masks in {out_dir}, the least certain first in {out_dir / 'confidence.tsv'}; {steps} has "
+        "those of each network, and may be removed."
+    )
 
 
 def _call(step, *words: object) -> None:
