@@ -9,6 +9,7 @@ import time
 import pytest
 
 from cotrain.__main__ import main
+from cotrain.review import OUTLIVED
 from cotrain.status import (
     State,
     failure_in,
@@ -333,8 +334,40 @@ def test_an_experiment_without_a_round_says_how_far_its_preparation_is(tmp_path)
     folder = tmp_path / "results/demo"
     write(folder / "cases/unlabelled.tsv", "case\timage\tlabel\n")
     text = status_text(folder, benchmarks=tmp_path / "b", logs=tmp_path / "l", now=NOW)
-    assert "No round has been started. Cases checked: yes; planned: no." in text
+    assert "No round has been started. Cases checked: yes; planned: no; preprocessed: " in text
+    assert "labelled 0 of ?, unlabelled 0 of 0, test 0 of ?." in text
     assert "snakemake --configfile config/demo.yaml" in text
+
+
+def test_cases_still_preprocessed_while_rounds_run_are_counted(experiment):
+    folder = experiment / "results/demo"
+    for split, cases in (("labelled", 1), ("unlabelled", 3), ("test", 1)):
+        write(folder / f"cases/{split}.tsv", "case\timage\tlabel\n" + "c\ti\t\n" * cases)
+        write(folder / f"preprocessed/{split}/c.pkl")
+        write(folder / f"preprocessed/{split}/.tmp-d.pkl")
+
+    def text() -> str:
+        return status_text(folder, benchmarks=experiment / "b", logs=experiment / "l", now=NOW)
+
+    assert "preprocessed so far: labelled 1 of 1, unlabelled 1 of 3, test 1 of 1\n" in text()
+    for case in ("d", "e"):
+        write(folder / f"preprocessed/unlabelled/{case}.pkl")
+    assert "preprocessed so far" not in text()
+
+
+def test_verdicts_and_masks_that_do_not_teach_are_counted(experiment):
+    folder = experiment / "results/demo"
+    reasons = ["exclude by ab", f"accept; {OUTLIVED}", "the mask is empty", "", "replace by ab"]
+    rows = [f"c\t{'false' if w[:1] in 'et' and w else 'true'}\t{w}\n" for w in reasons]
+    audits = folder / "cotrain/round-01/audit"
+    write(audits / "train_3d.tsv", "case\taccepted\treason\n" + "".join(rows))
+    write(audits / "train_2d.tsv", "case\taccepted\treason\nc\ttrue\t\n")
+    text = status_text(folder, benchmarks=experiment / "b", logs=experiment / "l", now=NOW)
+    assert (
+        "  cotrain/round-01/audit/train_3d: 3 of 5 teach; 1 thrown out, 1 corrected, "
+        "1 accepted by a person, 1 empty, 1 judged on an earlier mask\n" in text
+    )
+    assert "audit/train_2d" not in text
 
 
 def test_the_command_names_the_settings_where_they_are_and_a_placeholder_elsewhere(tmp_path):

@@ -18,7 +18,7 @@ from cotrain.errors import InputError
 from cotrain.files import read_table, sha256_of, write_json, write_table
 from cotrain.nifti import check_same_grid, read_labels, voxel_volume_ml
 from cotrain.nnunet import Planned
-from cotrain.review import masks_of, read_review
+from cotrain.review import OUTLIVED, masks_of, read_review
 
 COLUMNS = [
     "case",
@@ -31,7 +31,6 @@ COLUMNS = [
     "volume_ml",
     "truth_dice",
 ]
-OUTLIVED = "given on an earlier mask of this case, look again"
 
 
 def verdict_on(case: str, sources: list[str], review: pd.DataFrame) -> dict | None:

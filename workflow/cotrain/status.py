@@ -29,6 +29,7 @@ import yaml
 
 from cotrain.errors import InputError
 from cotrain.files import read_table
+from cotrain.review import OUTLIVED
 from cotrain.summary import (
     ARM_WORDS,
     CO_TRAINED,
@@ -43,6 +44,8 @@ from cotrain.workfolder import may_live
 END_OF_LOG = 20_000
 """Bytes of a log that are read for its last error."""
 COLUMNS = ("train_2d", "pseudo_2d", "train_3d", "pseudo_3d", "test")
+SPLITS = ("labelled", "unlabelled", "test")
+AUDITS = f"{CO_TRAINED}/round-*/audit/train_?d.tsv"
 
 
 class State(NamedTuple):
@@ -223,7 +226,7 @@ def seconds_per_stage(benchmarks: Path) -> dict[str, tuple[int, float]]:
 
 def status_text(folder: Path, *, benchmarks: Path, logs: Path, now: float) -> str:
     """Return the status of the experiment whose results are in `folder`."""
-    cases = {split: _rows_of(folder / f"cases/{split}.tsv") for split in ("unlabelled", "test")}
+    cases = {split: _rows_of(folder / f"cases/{split}.tsv") for split in SPLITS}
     rounds = sorted(folder.glob("*/round-[0-9]*"), key=_running_order)
     command, outdated_before = _last_command(folder)
     states = {
@@ -244,15 +247,22 @@ def status_text(folder: Path, *, benchmarks: Path, logs: Path, now: float) -> st
         elif state.kind in ("waiting", "partly", "interrupted"):
             states[folder / step] = State("failed", found[0])
     parts = [f"experiment {folder.name}, {datetime.fromtimestamp(now):%Y-%m-%d %H:%M}"]
+    preprocessed = _preprocessed(folder / "preprocessed", cases)
     if rounds:
         parts.append(_rounds_table(rounds, states, _dice_of(folder / "evaluation")))
+        if preprocessed:
+            parts.append(f"preprocessed so far: {preprocessed}")
     else:
         planned = (folder / "preprocessed" / "plans.json").is_file()
         parts.append(
             "No round has been started. "
             f"Cases checked: {'no' if cases['unlabelled'] is None else 'yes'}; "
-            f"planned: {'yes' if planned else 'no'}."
+            f"planned: {'yes' if planned else 'no'}; "
+            f"preprocessed: {preprocessed or 'all'}."
         )
+    judged = [line for audit in sorted(folder.glob(AUDITS)) for line in _judged_in(audit, folder)]
+    if judged:
+        parts.append("masks that were judged, or do not teach\n" + "\n".join(judged))
     running = [
         _running_line(stage, folder, state, logs=logs, now=now)
         for stage, state in states.items()
@@ -305,6 +315,37 @@ def _last_command(folder: Path) -> tuple[float, dict[Path, float]]:
     # Each begins with results/<experiment>, which may be called otherwise from here.
     folders = json.loads(notice.read_text()).get("sets_out_to_make", [])
     return began, {folder.joinpath(*Path(each).parts[2:]): began for each in folders}
+
+
+def _preprocessed(folder: Path, cases: dict[str, int | None]) -> str:
+    """Return how many cases of each split are preprocessed, '' where all are."""
+    # A case's properties are written last.
+    done = {split: len(_whole_files(folder / split, "*.pkl")) for split in cases}
+    if all(cases[split] is not None and done[split] >= cases[split] for split in cases):
+        return ""
+    return ", ".join(
+        f"{split} {done[split]} of {'?' if count is None else count}"
+        for split, count in cases.items()
+    )
+
+
+def _judged_in(audit: Path, folder: Path) -> list[str]:
+    """Return a line on the masks of an audit that a person judged or that do not teach, if any."""
+    table = read_table(audit)
+    teach = (table["accepted"] == "true").sum()
+    told = {
+        word: table["reason"].str.contains(sign).sum()
+        for word, sign in (
+            ("thrown out", "^exclude"),
+            ("corrected", "^replace"),
+            ("accepted by a person", "^accept"),
+            ("empty", "^the mask is empty"),
+            ("judged on an earlier mask", re.escape(OUTLIVED)),
+        )
+    }
+    found = ", ".join(f"{count} {word}" for word, count in told.items() if count)
+    place = audit.relative_to(folder).with_suffix("")
+    return [f"  {place}: {teach} of {len(table)} teach; {found}"] if found else []
 
 
 def _rows_of(table: Path) -> int | None:
