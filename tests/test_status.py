@@ -246,8 +246,8 @@ def test_what_the_last_command_set_out_to_make_again_is_outdated(experiment):
     # The files above were just written; NOW was read when the tests were collected.
     later = time.time() + 60
     os.utime(notice, (later, later))
-    # Test masks are outdated in one of two stages.
-    assert first_line().startswith("done | done | outdated | outdated | outdated | ")
+    # Test masks are outdated in one of two stages, and their scores with them.
+    assert first_line() == "done | done | outdated | outdated | outdated | 75.0 | - | -"
     os.utime(folder / f"{again[0]}/checkpoint.pth", (later + 60, later + 60))
     assert first_line().startswith("done | done | done | outdated | outdated | ")
     (folder / f"{again[1]}/manifest-0.tsv").unlink()

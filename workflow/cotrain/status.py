@@ -410,7 +410,7 @@ def _dice_of(evaluation: Path) -> dict[Trained, float]:
 def _rounds_table(
     rounds: Iterable[Path], states: dict[Path, State], dice: dict[Trained, float]
 ) -> str:
-    """Return a line per arm and round; `-` where there is no such stage, or no score yet."""
+    """Return a line per arm and round; `-` where there is no such stage, or no score that holds."""
     rows = [["arm", "round", *COLUMNS, *(f"{word} Dice %" for word in NETWORK_WORDS.values())]]
     for round_folder in rounds:
         arm, number = round_folder.parent.name, round_folder.name.removeprefix("round-")
@@ -424,7 +424,10 @@ def _rounds_table(
             cells.append(str(joined_state(found)) if found else "-")
         for network in NETWORK_WORDS:
             value = dice.get(Trained(arm, network, int(number)))
-            cells.append("-" if value is None else f"{100 * value:.1f}")
+            # A score of masks that are made again is of the network before.
+            masks = states.get(round_folder / f"test_{network}", State("done"))
+            known = value is not None and masks.kind == "done"
+            cells.append(f"{100 * value:.1f}" if known else "-")
         rows.append(cells)
     return aligned(rows)
 
