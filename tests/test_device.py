@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from cotrain.device import arrange_for_cpu, devices_of
+from cotrain.device import arrange_for_cpu, check_computes, devices_of
 from cotrain.errors import InputError
 from cotrain.settings import Compute
 
@@ -73,8 +73,11 @@ torch.cuda.is_available = lambda: True
 torch.cuda.device_count = lambda: int(sys.argv[1])
 torch.cuda.get_device_properties = lambda number: types.SimpleNamespace(uuid=f"GPU-{number}")
 torch.cuda.set_device = lambda device: print(device, end=" ")
+import cotrain.device
 from cotrain.device import devices_of
 from cotrain.settings import Compute
+# These GPUs are but answers.
+cotrain.device.check_computes = lambda device: None
 for _ in range(2):
     print(*devices_of(Compute(), count=int(sys.argv[2])), flush=True)
 input()
@@ -119,6 +122,28 @@ def test_trainings_of_several_gpus_and_other_steps_share_no_gpu(start_step):
     assert start_step(5, 2) == "cuda:3 cuda:4"
     # More at a time than there are GPUs: the first are shared.
     assert start_step(5, 2) == "cuda:0 cuda:1"
+
+
+def test_a_gpu_that_torch_was_not_built_for_is_refused_with_its_name(monkeypatch):
+    def refuse(*size, device):
+        raise RuntimeError("CUDA error: no kernel image is available\nCompile with ...")
+
+    monkeypatch.setattr(torch, "ones", refuse)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    with pytest.raises(
+        InputError,
+        match=r"sees Tesla V100 on .* \(CUDA error: no kernel image is available\); take",
+    ):
+        check_computes(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_gpu_that_slurm_gave_and_torch_does_not_see_is_told_before_all_else(monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(InputError, match=r"SLURM gave this job the GPU 0 .* exclude that node"):
+        devices_of(Compute(device=device), count=1)
 
 
 def test_more_gpus_than_there_are_are_refused(monkeypatch):

@@ -31,8 +31,9 @@ def devices_of(compute: Compute, *, count: int) -> list[torch.device]:
 
     The first is this process's own, and is made its current one.
 
-    Raises InputError where cuda is asked for and not there, where there are fewer GPUs, or where
-    SLURM gave the job a GPU that torch does not see: a training on the CPU there would take days.
+    Raises InputError where cuda is asked for and not there, where there are fewer GPUs, where torch
+    cannot compute on the first, or where SLURM gave the job a GPU that torch does not see: a
+    training on the CPU there would take days.
     """
     if compute.device == "cpu":
         return [torch.device("cpu")] * count
@@ -45,22 +46,38 @@ def devices_of(compute: Compute, *, count: int) -> list[torch.device]:
         devices = [torch.device("cuda", number) for number in free_gpus(count)]
         # Else the threads that pin memory would open the first GPU, too.
         torch.cuda.set_device(devices[0])
+        check_computes(devices[0])
         # As nnU-Net does, because all patches of a network have one shape.
         torch.backends.cudnn.benchmark = True
         return devices
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if slurm.own_job() and given not in ("", "-1", "NoDevFiles"):
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        raise InputError(
+            f"SLURM gave this job the GPU {given} of {socket.gethostname()}, but torch sees none; "
+            f"torch is built {built}, for which the node's driver may be too old (nvidia-smi "
+            "tells): exclude that node, install a build for an older CUDA (docs/slurm.md, 3.), or "
+            "set compute.device to cpu."
+        )
     if compute.device == "cuda":
         raise InputError(
             "compute.device is cuda, but torch sees no GPU here; ask the scheduler for one, "
             "install a CUDA build of torch, or set compute.device to auto or cpu."
         )
-    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if slurm.own_job() and given not in ("", "-1", "NoDevFiles"):
-        raise InputError(
-            f"SLURM gave this job the GPU {given} of {socket.gethostname()}, but torch sees none; "
-            "look at nvidia-smi there and at torch.version.cuda, exclude that node, or set "
-            "compute.device to cpu."
-        )
     return [torch.device("cpu")] * count
+
+
+def check_computes(device: torch.device) -> None:
+    """Raise InputError where torch sees a GPU but was not built for its kind, or it is full."""
+    try:
+        torch.ones(1, device=device).add_(1).item()
+    except RuntimeError as error:
+        said = str(error).partition("\n")[0]
+        raise InputError(
+            f"torch {torch.__version__} sees {torch.cuda.get_device_name(device)} on "
+            f"{socket.gethostname()} but cannot compute there ({said}); take another kind of GPU, "
+            "or install a build of torch for it (docs/slurm.md, 3.)."
+        ) from None
 
 
 @cache

@@ -139,8 +139,13 @@ def _ask(*words: str) -> tuple[int | None, str]:
     try:
         done = subprocess.run(
             words,
-            # Defaults of the user's own, such as SQUEUE_PARTITION, would hide jobs.
-            env={name: value for name, value in os.environ.items() if name[:7] != "SQUEUE_"},
+            # Defaults of the user's own, such as SQUEUE_PARTITION, would hide jobs; with
+            # SLURM_CLUSTERS the answer would begin with a line on the cluster.
+            env={
+                name: value
+                for name, value in os.environ.items()
+                if name[:7] != "SQUEUE_" and name != "SLURM_CLUSTERS"
+            },
             capture_output=True,
             text=True,
             timeout=SECONDS_TO_ANSWER,
