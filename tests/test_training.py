@@ -10,7 +10,7 @@ import torch
 from cotrain.batches import Case
 from cotrain.errors import InputError
 from cotrain.nnunet import Planned, arrays_of
-from cotrain.training import Trainer, inputs_of
+from cotrain.training import Latest, Trainer, inputs_of
 
 
 @pytest.fixture
@@ -102,6 +102,40 @@ def test_a_network_that_is_not_finite_is_never_saved(trainer_in, train_epoch):
         trainer.network.get_buffer(statistics).fill_(math.nan)
     with pytest.raises(InputError, match="a weight is not finite"):
         train_epoch(trainer, set())
+
+
+def test_a_slow_checkpoint_is_saved_for_a_twentieth_of_the_time(monkeypatch, tmp_path):
+    clock, seconds, saved = 0.0, 0.0, []
+
+    class Training:
+        epoch = 0
+
+        def save(self, path):
+            nonlocal clock
+            clock += seconds
+            saved.append(self.epoch)
+
+    def train(epochs: int) -> None:
+        nonlocal clock
+        for _ in range(epochs):
+            training.epoch += 1
+            clock += 40
+            kept.save_when_due()
+
+    monkeypatch.setattr("cotrain.training.time.monotonic", lambda: clock)
+    training = Training()
+    kept = Latest(training, tmp_path / "latest.pth", saved_epoch=0)
+    seconds = 0.5
+    train(3)
+    assert saved == [1, 2, 3]
+    # 10 s each: not again before 200 s of training.
+    seconds = 10
+    train(12)
+    assert saved == [1, 2, 3, 4, 10]
+    # At the round's end, or a time limit; and nothing twice.
+    for _ in range(2):
+        kept.save()
+    assert saved == [1, 2, 3, 4, 10, 15]
 
 
 def test_the_same_training_is_saved_to_the_same_bytes_under_any_name(trainer_in, tmp_path):

@@ -238,6 +238,23 @@ def test_a_limit_that_is_set_or_lifted_later_is_heard(tmp_path, answers, monkeyp
             wait_for(lambda is_up=is_up: work._time_is_up() == is_up)
 
 
+def test_what_is_not_saved_yet_is_saved_before_the_time_limit(tmp_path, answers, monkeypatch):
+    monkeypatch.setattr("cotrain.workfolder.HEARTBEAT_SECONDS", 60)
+    told = []
+    monkeypatch.setattr("cotrain.slurm.requeue_own_job", lambda: told.append("requeued"))
+
+    def work_on(minutes: int) -> None:
+        answers[:] = [(0, f"{minutes}:00|cotrain")]
+        with WorkFolder(tmp_path, {}) as work:
+            work.report(1, 2, "epochs", before_leaving=lambda: told.append("saved"))
+
+    work_on(60)
+    assert told == []
+    with pytest.raises(SystemExit):
+        work_on(0)
+    assert told == ["saved", "requeued"]
+
+
 def test_an_interactive_session_has_no_end_that_matters(tmp_path, answers, capsys):
     answers.append((0, "0:10|(null)"))
     with WorkFolder(tmp_path, {}) as work:

@@ -40,6 +40,10 @@ from cotrain.workfolder import WorkFolder
 
 GRADIENT_NORM = 12
 """nnU-Net's bound on the gradient norm."""
+QUICK_SAVE_SECONDS = 1
+"""A checkpoint that is saved as fast as this is saved after each epoch."""
+SHARE_FOR_SAVING = 0.05
+"""Share of a training's time that saving may take where it is slower."""
 CURVE_COLUMNS = (
     "epoch",
     "round",
@@ -228,7 +232,8 @@ class Trainer:
         # Of all epochs at once: the processes that make batches start once, and go on making them
         # while an epoch is ended and saved, so that a GPU does not wait for each epoch's first.
         pin = self.device.type == "cuda"
-        coming = batches(source, workers=self.workers, pin_memory=pin)
+        alone = self.place.size == 1
+        coming = batches(source, workers=self.workers, pin_memory=pin, forking=alone)
         for of_epoch in counts:
             own = itertools.islice(coming, len(of_epoch))
             yield self._train_epoch(window, round_, own, counts=of_epoch, control=control)
@@ -315,6 +320,34 @@ class Trainer:
             steps = self.epoch * self.stage.training.iterations_per_epoch + iteration
             self.average.update(self.network, step=steps)
         return loss.detach()
+
+
+class Latest:
+    """The checkpoint that a training goes on from after a kill, `work/latest.pth`.
+
+    Saved after each epoch; where that takes long (gigabytes, on a network file system), so seldom
+    that it takes a twentieth of the time. saved_epoch: the next epoch of what the file holds, None
+    where it is not there.
+    """
+
+    def __init__(self, trainer: Trainer, path: Path, *, saved_epoch: int | None) -> None:
+        self._trainer, self._path, self._saved_epoch = trainer, path, saved_epoch
+        self._seconds, self._saved = 0.0, time.monotonic()
+
+    def save_when_due(self) -> None:
+        """Save after an epoch, unless the last time was too short ago for how long it took."""
+        since = time.monotonic() - self._saved
+        if self._seconds < QUICK_SAVE_SECONDS or since * SHARE_FOR_SAVING > self._seconds:
+            self.save()
+
+    def save(self) -> None:
+        """Save what was trained since."""
+        if self._saved_epoch == self._trainer.epoch:
+            return
+        began = time.monotonic()
+        self._trainer.save(self._path)
+        self._saved_epoch, self._saved = self._trainer.epoch, time.monotonic()
+        self._seconds = self._saved - began
 
 
 def all_finite(network: nn.Module) -> bool:
@@ -514,6 +547,7 @@ def _train_round(
                 "give the checkpoint of the round before."
             )
         work.claim(done=trainer.epoch - window.start)
+        kept = Latest(trainer, latest, saved_epoch=trainer.epoch if resuming else None)
         parameters = sum(each.numel() for each in trainer.network.parameters())
         together = f" and {place.size - 1} more together" if place.size > 1 else ""
         print(
@@ -535,12 +569,13 @@ def _train_round(
         with SummaryWriter(str(events), purge_step=trainer.epoch) as board:
             for row in _epochs(trainer, arguments, cases):
                 work.insist()
-                trainer.save(latest)
+                kept.save_when_due()
                 for name in CURVE_COLUMNS[2:]:
                     board.add_scalar(f"{arguments.network}/{name}", row[name], row["epoch"])
                 done = trainer.epoch - window.start
                 print(_line_of(row, done=done, total=total), end="", flush=True)
-                left = work.report(done, total, "epochs", loss=round(row["loss"], 4))
+                loss = round(row["loss"], 4)
+                left = work.report(done, total, "epochs", loss=loss, before_leaving=kept.save)
                 print(f"  {_duration(left)} left", flush=True)
     write_table_of_curve(trainer.curve, arguments.out_dir / "curve.csv")
     write_provenance(
@@ -562,7 +597,7 @@ def _train_round(
     # The declared output comes last: when it is there, the round is whole. The same bytes stay in
     # the working folder: should Snakemake die now and delete the output, the rerun takes seconds.
     work.insist()
-    trainer.save(latest)
+    kept.save()
     with write_atomically(arguments.out_dir / "checkpoint.pth") as temporary:
         try:
             os.link(latest, temporary)

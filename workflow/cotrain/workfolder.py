@@ -13,6 +13,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -169,10 +170,19 @@ class WorkFolder:
                 "this one stops; wait for the other to end."
             )
 
-    def report(self, done: int, total: int, unit: str, **more: object) -> float:
+    def report(
+        self,
+        done: int,
+        total: int,
+        unit: str,
+        *,
+        before_leaving: Callable[[], object] = lambda: None,
+        **more: object,
+    ) -> float:
         """Write progress for `cotrain status` and return seconds left.
 
         done, total: `unit`s (epochs or cases) finished in this step; the pace is this process's.
+        before_leaving: saves what is not saved yet.
         Raises InputError as `insist` does, and SystemExit where the next epoch or case would not
         be finished before the job's time limit.
         """
@@ -194,6 +204,7 @@ class WorkFolder:
             self.folder / f"{self.name}.progress.json",
         )
         if done < total and self._time_is_up():
+            before_leaving()
             self._leaving = True
             print(
                 f"\nThe time limit of SLURM job {self._owner['slurm_job']} is near: {done} of "
