@@ -267,6 +267,7 @@ def pseudo_masks(tiny) -> Path:
         cases=tiny.tables["unlabelled"],
         shard=0,
         shards=1,
+        threads=1,
         out_dir=out_dir,
     )
     make_mask_set(

@@ -70,6 +70,8 @@ def test_a_batch_does_not_depend_on_workers_or_on_what_was_drawn_before(
     by_workers = list(batches(source, workers=2, pin_memory=False))
     assert len(in_order) == len(by_workers) == 4
     assert all(same(*pair) for pair in zip(in_order, by_workers, strict=True))
+    not_forked = list(batches(source, workers=2, pin_memory=False, forking=False))
+    assert all(same(*pair) for pair in zip(in_order, not_forked, strict=True))
     alone = source_of(planned, network, labelled, unlabelled, [1, 0, 1, 2])
     seed_everything(99)
     assert same(alone[2], in_order[2])

@@ -22,7 +22,13 @@ from cotrain.__main__ import main
 from cotrain.errors import InputError
 from cotrain.files import read_table, sha256_of
 from cotrain.inference import logit_slabs, soft_mask_of, windows
-from cotrain.masks import confidence_of, labels_on_image_grid, quantised, with_background
+from cotrain.masks import (
+    _in_order,
+    confidence_of,
+    labels_on_image_grid,
+    quantised,
+    with_background,
+)
 from cotrain.merge import mean_of
 from cotrain.nnunet import Planned
 from cotrain.predict import check_replaces_nothing, final_checkpoints, hand_over, stage_on
@@ -203,6 +209,8 @@ def test_labels_are_resampled_as_nnunet_does_it(shape, spacing_mm, planned):
     }
     slabs = torch.split(logits, 4, dim=1)
     ours = labels_on_image_grid(slabs, properties, planned, depth=grid[0])
+    at_a_time = labels_on_image_grid(slabs, properties, planned, depth=grid[0], threads=3)
+    assert np.array_equal(ours, at_a_time)
     stock = convert_predicted_logits_to_segmentation_with_correct_shape(
         logits, planned.manager, planned.configuration("3d"), planned.labels, properties
     )
@@ -220,6 +228,16 @@ def test_plans_with_another_resampling_are_refused(planned):
             configuration["resampling_fn_probabilities"] = "resample_torch_fornnunet"
     with pytest.raises(InputError, match="resample_torch_fornnunet"):
         labels_on_image_grid([], {"spacing": (1, 1, 1)}, Planned(plans, planned.dataset), depth=1)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_slices_resampled_at_a_time_come_in_order_and_few_ahead(threads):
+    taken = []
+    items = (taken.append(item) or item for item in range(20))
+    for number, made in enumerate(_in_order(lambda item: 10 * item, items, threads=threads)):
+        assert made == 10 * number
+        assert len(taken) <= number + 1 + 2 * threads
+    assert taken == list(range(20))
 
 
 def test_quantisation_errs_by_half_a_step_at_most():

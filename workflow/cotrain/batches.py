@@ -27,6 +27,8 @@ from cotrain.team import Place
 
 FOREGROUND_OVERSAMPLING = 0.33
 """nnU-Net's share of patches aimed at foreground, rounded up to whole samples of a batch."""
+BATCHES_AHEAD = 6
+"""Least number of batches that are made ahead of a GPU, as nnU-Net keeps them; each worker one."""
 STREAMS = {"2d": 2, "3d": 3}
 """Number of each network in the seed of its samples."""
 
@@ -258,10 +260,13 @@ def _locations(arrays: str, soft: str | None) -> dict[int, np.ndarray]:
     }
 
 
-def batches(source: BatchSource, *, workers: int, pin_memory: bool) -> Iterator[dict]:
+def batches(
+    source: BatchSource, *, workers: int, pin_memory: bool, forking: bool = True
+) -> Iterator[dict]:
     """Yield all batches of a source in order, made by `workers` processes (0: in this one).
 
-    The order and content do not depend on the number of workers.
+    The order and content do not depend on the number of workers. forking: start them as copies of
+    this process, which is quickest, but not safe where it talks to other GPUs through NCCL.
     """
     yield from torch.utils.data.DataLoader(
         source,
@@ -269,5 +274,7 @@ def batches(source: BatchSource, *, workers: int, pin_memory: bool) -> Iterator[
         shuffle=False,
         num_workers=workers,
         pin_memory=pin_memory,
-        prefetch_factor=3 if workers else None,
+        # Of 128 x 128 x 128 voxels and many labels a batch has hundreds of megabytes.
+        prefetch_factor=-(-BATCHES_AHEAD // workers) if workers else None,
+        multiprocessing_context=None if forking or not workers else "forkserver",
     )

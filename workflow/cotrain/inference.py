@@ -41,7 +41,8 @@ def load_deployed(planned: Planned, checkpoint: Path, network: str) -> nn.Module
     That is the moving average of its weights where the training kept one. Raises InputError where
     the checkpoint is of the other network.
     """
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    # Mapped: of a checkpoint's gigabytes, most are the optimiser's.
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     if content["network_name"] != network:
         raise InputError(
             f"{checkpoint} holds the {content['network_name']} network, wanted the {network} "
@@ -92,8 +93,8 @@ def logit_slabs(
     precision: str,
     adjacent_slices: int = 0,
 ) -> Iterator[torch.Tensor]:
-    """Yield logits `(K, d, Y, X)` float16 on the CPU, slab after slab from the first slice to the
-    last, averaged over overlapping windows.
+    """Yield logits `(K, d, Y, X)` float16 on the device, slab after slab from the first slice to
+    the last, averaged over overlapping windows.
 
     image: `(C, Z, Y, X)` float32 on the preprocessed grid; only windows of it are read. Never more
     slices are held than a window has. Windows count by a Gaussian around their centre, as in
@@ -109,8 +110,8 @@ def logit_slabs(
     layers = [list(layer) for _, layer in itertools.groupby(boxes, key=lambda box: box[0])]
     lows = [max(0, layer[0][0][0]) for layer in layers]
     held = min(shape[0], max(high - low for (low, high), *_ in (layer[0] for layer in layers)))
-    total = torch.zeros((class_count, held, *shape[1:]), dtype=torch.float16)
-    weight = torch.zeros((held, *shape[1:]), dtype=torch.float16)
+    total = torch.zeros((class_count, held, *shape[1:]), dtype=torch.float16, device=device)
+    weight = torch.zeros((held, *shape[1:]), dtype=torch.float16, device=device)
     # A slice batch is one window already.
     at_once = 1 if flat else batch_size
     for layer, first, following in zip(layers, lows, [*lows[1:], shape[0]], strict=True):
@@ -137,8 +138,8 @@ def logit_slabs(
                     for place, (low, _) in zip(inside, box, strict=True)
                 ]
                 inside[0] = slice(inside[0].start - first, inside[0].stop - first)
-                total[(slice(None), *inside)] += part[(slice(None), *own)].cpu()
-                weight[tuple(inside)] += gaussian[tuple(own[1:] if flat else own)].cpu()
+                total[(slice(None), *inside)] += part[(slice(None), *own)]
+                weight[tuple(inside)] += gaussian[tuple(own[1:] if flat else own)]
         done = following - first
         mean = total[:, :done] / weight[:done]
         if not torch.isfinite(mean.sum(dtype=torch.float32)):
@@ -252,6 +253,7 @@ def make_mask_set(
                 load_pickle(arrays + ".pkl"),
                 planned,
                 depth=shape[0],
+                threads=arguments.threads,
             )
             made = write_mask(
                 row["case"],
@@ -359,7 +361,7 @@ def run(arguments: argparse.Namespace) -> None:
             device=device,
             precision=precision,
         ):
-            yield logits, soft_mask_of(logits)
+            yield logits.cpu(), soft_mask_of(logits)
 
     make_mask_set(
         arguments,

@@ -4,7 +4,10 @@ A mask set is a folder with, for each case, `<case>.nii.gz` (labels on the image
 affine), `<case>.b2nd` (soft mask) and a row in a shard's manifest.
 """
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import blosc2
@@ -143,12 +146,18 @@ def resampling_of_probabilities(planned: Planned) -> dict:
 
 
 def labels_on_image_grid(
-    slabs: Iterable[torch.Tensor], properties: dict, planned: Planned, *, depth: int
+    slabs: Iterable[torch.Tensor],
+    properties: dict,
+    planned: Planned,
+    *,
+    depth: int,
+    threads: int = 1,
 ) -> np.ndarray:
     """Return label values `(Z, Y, X)` uint8 on the image's own grid, in nnU-Net's axis order.
 
     slabs: logits or probabilities `(C, d, Y, X)` of the preprocessed grid from its first slice to
     its last; `depth`: their slices in all. properties: what preprocessing stored with the case.
+    threads: slices that are resampled at a time, while slabs to come are computed.
 
     Resampled as nnU-Net's default `resample_data_or_seg_to_shape` does it for probabilities
     (linear, or along an axis of thick slices nearest), then the highest wins; but slice by slice,
@@ -166,22 +175,42 @@ def labels_on_image_grid(
         asked_for["force_separate_z"], configuration.spacing, spacing_mm
     )
     planes = (plane for slab in slabs for plane in slab.movedim(1, 0).numpy())
-    resampled_in_plane = (
-        configuration.resampling_fn_probabilities(
+
+    def in_plane(plane: np.ndarray) -> np.ndarray:
+        return configuration.resampling_fn_probabilities(
             plane[:, None].astype(np.float64),
             (1, *inside.shape[1:]),
             configuration.spacing,
             spacing_mm,
         )[:, 0]
-        for plane in planes
-    )
+
     resampled = _along_z(
-        resampled_in_plane, depth=depth, wanted=len(inside), nearest=separate and axis == 0
+        _in_order(in_plane, planes, threads=threads),
+        depth=depth,
+        wanted=len(inside),
+        nearest=separate and axis == 0,
     )
     for z, plane in enumerate(resampled):
         # Rounded to half precision as stock nnU-Net's are, so that ties fall as there.
         inside[z] = plane.astype(np.float16).argmax(0)
     return labels.transpose(planned.manager.transpose_backward)
+
+
+def _in_order(
+    function: Callable[[np.ndarray], np.ndarray], items: Iterator[np.ndarray], *, threads: int
+) -> Iterator[np.ndarray]:
+    """Yield a function of each item in order, so many made at a time, and few ahead."""
+    if threads == 1:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = deque(
+            pool.submit(function, item) for item in itertools.islice(items, 2 * threads)
+        )
+        while waiting:
+            made = waiting.popleft().result()
+            waiting.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
+            yield made
 
 
 def _along_z(

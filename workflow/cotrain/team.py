@@ -113,6 +113,8 @@ def _meet(place: Place, url: str) -> None:
     on_gpu = place.device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(place.device)
+        # As `devices_of` has set it in the first: all wait for the slowest.
+        torch.backends.cudnn.benchmark = True
     backend = "nccl" if on_gpu else "gloo"
     distributed.init_process_group(backend, init_method=url, rank=place.rank, world_size=place.size)
 

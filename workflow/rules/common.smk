@@ -742,6 +742,9 @@ def network_mem_mb(wildcards, attempt):
     """Return the main memory of a training or inference job; a retry asks for more.
 
     6 GB hold the CPU configurations. A job on a GPU plans for large patches and has processes
-    that make batches beside it. Asks of a cluster only; a profile's `set-resources` overrides it.
+    that make batches beside it, which hold a probability for each label. Asks of a cluster only; a
+    profile's `set-resources` overrides it.
     """
-    return attempt * (16000 if gpus_wanted(wildcards) else 6000)
+    if not gpus_wanted(wildcards):
+        return attempt * 6000
+    return attempt * (16000 + 1500 * max(0, len(settings_of(wildcards).labels) - 2))
