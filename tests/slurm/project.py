@@ -42,17 +42,20 @@ class Project:
         self.looks = looks
         self.environment = {**cluster.environment, "SECONDS_MORE": str(seconds_more)}
 
-    def start(self, *targets: object, options: tuple[str, ...] = ()) -> subprocess.Popen:
-        """Type `snakemake --profile slurm` and return the controller, in a group of its own."""
-        words = [
-            # Tests that were started in the background have SIGINT ignored, and pass that on.
-            *("env", "--default-signal=INT"),
+    def command(self, *targets: object, options: tuple[str, ...] = ()) -> list[str]:
+        """Return the words of `snakemake --profile slurm`."""
+        return [
             *(sys.executable, "-m", "snakemake", "--profile", "slurm"),
             *options,
             *("--configfile", "settings.yaml", "--set-threads", "train=1", "infer_pseudo_masks=1"),
             *(*self.looks, "--latency-wait", "5"),
             *map(str, targets),
         ]
+
+    def start(self, *targets: object, options: tuple[str, ...] = ()) -> subprocess.Popen:
+        """Type the command and return the controller, in a group of its own."""
+        # Tests that were started in the background have SIGINT ignored, and pass that on.
+        words = ["env", "--default-signal=INT", *self.command(*targets, options=options)]
         log = open(self.folder / "controller.log", "ab")  # noqa: SIM115
         return subprocess.Popen(
             words,

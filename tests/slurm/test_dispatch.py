@@ -1,6 +1,7 @@
 """Jobs of a real SLURM: what they ask for, and that they make what a local run makes."""
 
 import json
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from cluster import Cluster, missing_programs
+from cluster import Cluster, missing_programs, wait_until
 from project import EPOCHS, MASKS, RESULTS, TRAINED, Project
 
 
@@ -82,6 +83,24 @@ def test_the_literal_command_runs_everything(planned_project, cluster, tmp_path)
     assert "Nothing to be done" not in project.said()
     project.run()
     assert "Nothing to be done" in project.said()
+
+
+def test_the_command_may_be_a_job_itself(project, undisturbed):
+    # Where login nodes end long processes: docs/slurm.md.
+    cluster, cores = project.cluster, ("--cores", "64")
+    command = shlex.join(project.command(TRAINED, options=cores))
+    job = cluster.run(
+        *("sbatch", "--parsable", "--no-requeue", "--time=60", "--cpus-per-task=1", "--mem=1000"),
+        *(f"--chdir={project.folder}", "--output=job.txt", "--wrap", command),
+    )
+    wait_until(
+        lambda: cluster.job(job)["JobState"] in ("COMPLETED", "FAILED"), seconds=600, what="the job"
+    )
+    said = (project.folder / "job.txt").read_text()
+    assert cluster.job(job)["JobState"] == "COMPLETED", said[-3000:]
+    jobs = [each for each in cluster.history() if each["WorkDir"] == str(project.folder)]
+    assert sum("rule_train" in each.get("Comment", "") for each in jobs) == 1
+    assert project.fingerprint().items() <= undisturbed.fingerprint().items()
 
 
 def test_shards_run_as_tasks_of_a_job_array(project, undisturbed):
