@@ -276,6 +276,9 @@ def test_a_gpu_is_asked_for_unless_the_device_is_the_cpu(project: Path):
     together = planned(project, compute__gpus_per_training=2, **batches).text
     assert "gpu=2, nodes=1" in together
     assert "mem_mb=32000" in together
+    # A batch holds a probability for each label.
+    five = {name: value for value, name in enumerate("abcde", start=1)}
+    assert "mem_mb=20500" in planned(project, labels=five).text
 
 
 # ------------------------------------------------------------------------- who teaches whom
