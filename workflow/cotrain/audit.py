@@ -18,7 +18,7 @@ from cotrain.errors import InputError
 from cotrain.files import read_table, sha256_of, write_json, write_table
 from cotrain.nifti import check_same_grid, read_labels, voxel_volume_ml
 from cotrain.nnunet import Planned
-from cotrain.review import OUTLIVED, masks_of, read_review
+from cotrain.review import EMPTY, OUTLIVED, masks_of, read_review
 
 COLUMNS = [
     "case",
@@ -168,7 +168,7 @@ def audit_row(
                 # Of a structure that may be missing, but also what a viewer saves by mistake.
                 reason += "; the corrected mask is empty, and teaches that nothing is there"
     elif float(made["volume_ml"]) == 0:
-        accepted, reason = False, "the mask is empty"
+        accepted, reason = False, EMPTY
     truth_dice = ""
     if row["label"]:
         truth_dice = f"{true_dice(read_labels(mask)[0], read_labels(row['label'])[0], labels):.4f}"

@@ -44,11 +44,7 @@ def devices_of(compute: Compute, *, count: int) -> list[torch.device]:
                 f"{torch.cuda.device_count()} GPUs here; ask for fewer, or for another node."
             )
         devices = [torch.device("cuda", number) for number in free_gpus(count)]
-        # Else the threads that pin memory would open the first GPU, too.
-        torch.cuda.set_device(devices[0])
-        check_computes(devices[0])
-        # As nnU-Net does, because all patches of a network have one shape.
-        torch.backends.cudnn.benchmark = True
+        make_current(devices[0])
         return devices
     given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if slurm.own_job() and given not in ("", "-1", "NoDevFiles"):
@@ -65,6 +61,15 @@ def devices_of(compute: Compute, *, count: int) -> list[torch.device]:
             "install a CUDA build of torch, or set compute.device to auto or cpu."
         )
     return [torch.device("cpu")] * count
+
+
+def make_current(device: torch.device) -> None:
+    """Make a GPU this process's own; raises InputError as `check_computes` does."""
+    # Else the threads that pin memory would open the first GPU, too.
+    torch.cuda.set_device(device)
+    check_computes(device)
+    # As nnU-Net does, because all patches of a network have one shape.
+    torch.backends.cudnn.benchmark = True
 
 
 def check_computes(device: torch.device) -> None:

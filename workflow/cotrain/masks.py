@@ -4,7 +4,6 @@ A mask set is a folder with, for each case, `<case>.nii.gz` (labels on the image
 affine), `<case>.b2nd` (soft mask) and a row in a shard's manifest.
 """
 
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -204,13 +203,13 @@ def _in_order(
         yield from map(function, items)
         return
     with ThreadPoolExecutor(threads) as pool:
-        waiting = deque(
-            pool.submit(function, item) for item in itertools.islice(items, 2 * threads)
-        )
-        while waiting:
-            made = waiting.popleft().result()
-            waiting.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
-            yield made
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        for made in waiting:
+            yield made.result()
 
 
 def _along_z(

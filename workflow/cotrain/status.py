@@ -29,7 +29,7 @@ import yaml
 
 from cotrain.errors import InputError
 from cotrain.files import read_table
-from cotrain.review import OUTLIVED
+from cotrain.review import EMPTY, OUTLIVED
 from cotrain.summary import (
     ARM_WORDS,
     CO_TRAINED,
@@ -339,7 +339,7 @@ def _judged_in(audit: Path, folder: Path) -> list[str]:
             ("thrown out", "^exclude"),
             ("corrected", "^replace"),
             ("accepted by a person", "^accept"),
-            ("empty", "^the mask is empty"),
+            ("empty", f"^{EMPTY}"),
             ("judged on an earlier mask", re.escape(OUTLIVED)),
         )
     }

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
+from cotrain.device import make_current
 from cotrain.errors import InputError
 
 SECONDS_TO_END = 60
@@ -112,9 +113,7 @@ def _die_with(others: list[multiprocessing.Process], leaving: threading.Event) -
 def _meet(place: Place, url: str) -> None:
     on_gpu = place.device.type == "cuda"
     if on_gpu:
-        torch.cuda.set_device(place.device)
-        # As `devices_of` has set it in the first: all wait for the slowest.
-        torch.backends.cudnn.benchmark = True
+        make_current(place.device)
     backend = "nccl" if on_gpu else "gloo"
     distributed.init_process_group(backend, init_method=url, rank=place.rank, world_size=place.size)
 
