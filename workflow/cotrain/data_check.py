@@ -40,6 +40,7 @@ from cotrain.nifti import (
     spacing_mm,
     voxel_volume_ml,
 )
+from cotrain.pictures import along_patient_axes, colour_of, thumbnail
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 MAX_PROBLEMS_SHOWN = 20
 MAX_LABELLED_PICTURES = 60
 MAX_UNLABELLED_PICTURES = 6
-MAX_PICTURE_PIXELS = 256
 SPACING_RATIO = 2
 INTENSITY_RATIO = 100
 INTENSITIES = ("min", "p00_5", "p50", "p99_5", "max", "mean")
@@ -56,23 +56,12 @@ SUMMARISED_INTENSITIES = {
     "p50": "median",
     "p99_5": "99.5th percentile",
 }
-LABEL_COLOURS = ("#ff3b30", "#34c759", "#0a84ff", "#ffcc00", "#bf5af2", "#64d2ff", "#ff9f0a")
 POOL_TRAIN_ONLY = "Pseudo-masks are made for the unlabelled cases only (pool: train_only)."
 POOL_TRANSDUCTIVE = (
     "Pseudo-masks are made for the unlabelled and for the test cases (pool: transductive): the "
     "networks see test images, never their labels, so scores are not those of unseen cases."
 )
 SPLIT_COLOURS = {"labelled": "#0072b2", "unlabelled": "#e69f00", "test": "#777777"}
-
-
-@dataclass
-class Picture:
-    """A slice to draw: `image` and `labels` are `(V, H)` uint8, `aspect` is V's mm over H's."""
-
-    image: np.ndarray
-    labels: np.ndarray | None
-    aspect: float
-    where: str
 
 
 @dataclass
@@ -91,8 +80,8 @@ class Case:
     intensities: list[dict[str, float]] = field(default_factory=list)
     volumes_ml: dict[str, float] | None = None
     unknown_values: dict[int, str] = field(default_factory=dict)
-    drawn: dict[str, str] | None = None
-    """What a picture shows, `where`, and itself, `source`, as a data address."""
+    picture: str | None = None
+    """Three slices as a data address."""
 
 
 def examined(task: tuple[dict[str, str], bool], *, labels: Mapping[str, int]) -> Case:
@@ -138,9 +127,9 @@ def examined(task: tuple[dict[str, str], bool], *, labels: Mapping[str, int]) ->
     if not case.problems:
         case.voxels_hash = digest.hexdigest()
         if wants_picture:
-            shown = values if case.split == "labelled" else None
-            picture = _picture(array, shown, affine, case.intensities[0])
-            case.drawn = {"where": picture.where, "source": _png(_slice_plot(picture, labels))}
+            shown = values if case.split == "labelled" else np.zeros(array.shape, np.uint8)
+            image, mask = (along_patient_axes(each, affine) for each in (array, shown))
+            case.picture = _address(thumbnail(image, mask.array))
     return case
 
 
@@ -282,14 +271,14 @@ def report_page(
 ) -> str:
     """Return the page about a data set: HTML with its style and pictures inside."""
     pool = POOL_TRANSDUCTIVE if transductive else POOL_TRAIN_ONLY
-    colours = {name: _label_colour(value) for name, value in labels.items()}
+    colours = {name: colour_of(value) for name, value in labels.items()}
     legend = " ".join(
         f'<span class="key" style="background:{colour}"></span>{html.escape(name)}'
         for name, colour in colours.items()
     )
     noted = "".join(f"<li>{html.escape(warning)}</li>" for warning in warnings)
     drawn = {
-        split: [case for case in cases if case.split == split and case.drawn] for split in SPLITS
+        split: [case for case in cases if case.split == split and case.picture] for split in SPLITS
     }
     n_labelled = sum(case.split == "labelled" for case in cases)
     return f"""<!DOCTYPE html>
@@ -305,7 +294,7 @@ table {{ border-collapse: collapse; }} th, td {{ padding: .2em .8em; text-align:
 tbody th {{ text-align: left; font-weight: normal; }}
 tbody tr:nth-child(odd) {{ background: #f4f4f4; }}
 .warnings {{ background: #fff6dd; border-left: 4px solid #e69f00; padding: .5em 1em .5em 2em; }}
-.tiles {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 12px; }}
+.tiles {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(360px, 1fr)); gap: 12px; }}
 figure {{ margin: 0; }} figcaption {{ font-size: .8em; color: #555; overflow-wrap: anywhere; }}
 .tiles img {{ width: 100%; background: #000; }} .plot {{ max-width: 100%; }}
 .key {{ display: inline-block; width: .8em; height: .8em; margin: 0 .3em 0 .8em; }}
@@ -327,12 +316,11 @@ figure {{ margin: 0; }} figcaption {{ font-size: .8em; color: #555; overflow-wra
 <p class="note">A line a case from the 0.5th to the 99.5th percentile, a dot at the median.</p>
 <img class="plot" alt="intensity range of each case" src="{_png(_intensity_plot(cases))}">
 <h2>Labelled cases</h2>
-<p class="note">The middle one of the slices with the most labels, across the axis with
-the largest voxels; right is on the right ({len(drawn["labelled"])} of {n_labelled}
-cases). {legend}</p>
+<p class="note">The slices with the most foreground in the three directions; the patient's right is
+marked R ({len(drawn["labelled"])} of {n_labelled} cases). {legend}</p>
 <div class="tiles">{"".join(map(_tile, drawn["labelled"]))}</div>
 <h2>Some unlabelled cases</h2>
-<p class="note">The middle slice. Test cases are not shown.</p>
+<p class="note">The middle slices. Test cases are not shown.</p>
 <div class="tiles">{"".join(map(_tile, drawn["unlabelled"]))}</div>
 </body>
 </html>
@@ -508,73 +496,13 @@ def _add_volumes(
     case.unknown_values = {value: path for value in found if value != 0}
 
 
-def _picture(
-    array: np.ndarray, values: np.ndarray | None, affine: np.ndarray, intensities: dict
-) -> Picture:
-    """Return a slice of `(X, Y, Z)` intensities and labels, across the axis of largest voxels.
-
-    It is the middle one of the slices with the most different labels, or of all; seen with superior
-    or anterior up and, where left and right show, right on the right.
-    """
-    to_ras = nibabel.io_orientation(affine)
-    array = nibabel.apply_orientation(array, to_ras)
-    spacing = np.array(spacing_mm(affine))[_axes_in_ras_order(affine)]
-    across = 2 - int(np.argmax(np.round(spacing[::-1], 3)))  # the last of equal ones: axial
-    height = array.shape[across] // 2
-    if values is not None:
-        values = nibabel.apply_orientation(values, to_ras)
-        others = tuple(axis for axis in range(3) if axis != across)
-        present = [(values == value).any(axis=others) for value in np.unique(values) if value != 0]
-        if present:
-            n_labels = np.sum(present, axis=0)
-            richest = np.flatnonzero(n_labels == n_labels.max())
-            height = int(richest[richest.size // 2])
-        values = _slice(values, across, height).astype(np.uint8)
-    low, high = intensities["p00_5"], intensities["p99_5"]
-    plane = _slice(array, across, height)
-    grey = np.clip((plane - low) / max(high - low, 1e-6 * max(abs(high), 1)), 0, 1) * 255
-    step = math.ceil(max(plane.shape) / MAX_PICTURE_PIXELS)
-    horizontal, vertical = (spacing[axis] for axis in range(3) if axis != across)
-    return Picture(
-        image=grey.astype(np.uint8)[::step, ::step],
-        labels=None if values is None else values[::step, ::step],
-        aspect=float(vertical / horizontal),
-        where=f"{('sagittal', 'coronal', 'axial')[across]} slice {height}",
-    )
-
-
-def _slice(array: np.ndarray, across: int, height: int) -> np.ndarray:
-    """Return a slice `(V, H)` of `(X, Y, Z)` with the higher axis upwards."""
-    return array[(slice(None),) * across + (height,)].T[::-1]
-
-
 def _tile(case: Case) -> str:
     """Return the figure element of a case that was drawn."""
-    caption, source = html.escape(f"{case.name}, {case.drawn['where']}"), case.drawn["source"]
+    caption = html.escape(case.name)
     return (
-        f'<figure><img alt="{caption}" src="{source}"><figcaption>{caption}</figcaption></figure>'
+        f'<figure><img alt="three slices of {caption}" src="{case.picture}">'
+        f"<figcaption>{caption}</figcaption></figure>"
     )
-
-
-def _slice_plot(picture: Picture, labels: Mapping[str, int]) -> "Figure":
-    """Return a slice in grey with a contour around each label."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2.4, 2.4), dpi=100, facecolor="black")
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.imshow(picture.image, cmap="gray", vmin=0, vmax=255, aspect=picture.aspect)
-    axes.axis("off")
-    if picture.labels is not None:
-        # a border of background closes the contours of labels that touch the edge
-        values = np.pad(picture.labels, 1)
-        rows, columns = (np.arange(size) - 1 for size in values.shape)
-        for value in labels.values():
-            if (values == value).any():
-                axes.contour(
-                    columns, rows, values == value, levels=[0.5], linewidths=1.2,
-                    colors=_label_colour(value),
-                )  # fmt: skip
-    return figure
 
 
 def _volume_plot(cases: Sequence[Case], labels: Mapping[str, int]) -> "Figure":
@@ -629,12 +557,12 @@ def _png(figure: "Figure") -> str:
     """Return a figure as a data address, so that the page needs no other file."""
     stored = io.BytesIO()
     figure.savefig(stored, format="png")
-    return "data:image/png;base64," + base64.b64encode(stored.getvalue()).decode()
+    return _address(stored.getvalue())
 
 
-def _label_colour(value: int) -> str:
-    """Return the colour that a label value has on every picture of the page."""
-    return LABEL_COLOURS[(value - 1) % len(LABEL_COLOURS)]
+def _address(png: bytes) -> str:
+    """Return a PNG as a data address."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _axes_in_ras_order(affine: np.ndarray) -> list[int]:

@@ -35,6 +35,8 @@ LABEL_COLOURS = ("#ff453a", "#32d74b", "#0a84ff", "#ffd60a", "#bf5af2", "#64d2ff
 TRUTH_COLOUR = "white"
 MONTAGE_INCHES = 9.0
 THUMBNAIL_INCHES, THUMBNAIL_DPI = 6.0, 90
+AROUND_MASKS_MM = 20
+"""How far around the masks the grey scale looks: air and bone would take most of a whole CT's."""
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -110,6 +112,24 @@ def best_slice(mask: np.ndarray, *, axis: int) -> int:
     return int(foreground.argmax()) if foreground.any() else mask.shape[axis] // 2
 
 
+def grey_range(image: Volume, masks: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Return the intensities shown as black and white, for all of these masks `(X, Y, Z)` alike.
+
+    They are the 0.5th and 99.5th percentile in the box around all foreground and AROUND_MASKS_MM
+    beyond it, of the whole image where all masks are empty.
+    """
+    foreground = np.any([mask > 0 for mask in masks], axis=0)
+    box = []
+    for axis, edge_mm in enumerate(image.spacing_mm):
+        others = tuple(other for other in range(foreground.ndim) if other != axis)
+        (found,) = np.nonzero(foreground.any(axis=others))
+        around = round(AROUND_MASKS_MM / edge_mm)
+        if found.size:
+            box.append(slice(max(0, found[0] - around), found[-1] + around + 1))
+    darkest, brightest = np.percentile(image.array[tuple(box)], (0.5, 99.5))
+    return float(darkest), float(brightest)
+
+
 def colour_of(value: int) -> str:
     """Return the colour in which a label of this value is drawn."""
     return LABEL_COLOURS[(value - 1) % len(LABEL_COLOURS)]
@@ -137,8 +157,10 @@ def montage(
         rows=len(masks), widths=widths, inches=(MONTAGE_INCHES, height * inches_per_mm + 0.15)
     )
     slices = {view: best_slice(masks[names[-1]], axis=axis) for view, axis in VIEWS.items()}
+    shown = [*masks.values(), *([] if truth is None else [truth])]
+    greys = grey_range(image, shown)
     for name, row in zip(names, panels, strict=True):
-        _draw_views(row, image, masks[name], truth=truth, slices=slices)
+        _draw_views(row, image, masks[name], truth=truth, slices=slices, greys=greys)
         row[0].set_ylabel(name, fontsize=12)
     for axes, (view, axis) in zip(panels[0], VIEWS.items(), strict=True):
         axes.set_title(f"{view}, slice {slices[view] + 1} of {image.array.shape[axis]}")
@@ -164,7 +186,8 @@ def thumbnail(image: Volume, mask: np.ndarray, *, truth: np.ndarray | None = Non
         rows=1, widths=widths, inches=(THUMBNAIL_INCHES, height * inches_per_mm)
     )
     slices = {view: best_slice(mask, axis=axis) for view, axis in VIEWS.items()}
-    _draw_views(panels[0], image, mask, truth=truth, slices=slices)
+    greys = grey_range(image, [mask] if truth is None else [mask, truth])
+    _draw_views(panels[0], image, mask, truth=truth, slices=slices, greys=greys)
     with io.BytesIO() as buffer:
         figure.savefig(buffer, format="png", dpi=THUMBNAIL_DPI, transparent=True)
         return buffer.getvalue()
@@ -194,9 +217,10 @@ def _draw_views(
     *,
     truth: np.ndarray | None,
     slices: Mapping[str, int],
+    greys: tuple[float, float],
 ) -> None:
-    """Draw the three views of one mask into a row of axes."""
-    darkest, brightest = np.percentile(image.array, (0.5, 99.5))
+    """Draw the three views of one mask into a row of axes; `greys` are as of `grey_range`."""
+    darkest, brightest = greys
     for axes, (view, axis) in zip(row, VIEWS.items(), strict=True):
         across, up = (edge for other, edge in enumerate(image.spacing_mm) if other != axis)
         plane = np.take(image.array, slices[view], axis=axis)

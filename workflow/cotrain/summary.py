@@ -142,23 +142,12 @@ def read_evaluations(paths: list[Path]) -> dict[Trained, pd.DataFrame]:
 
 
 def read_curves(paths: list[Path]) -> dict[tuple[str, str], pd.DataFrame]:
-    """Return the training curve of each (arm, network), joined over the rounds, by epoch.
-
-    Where two rounds' files hold the same epoch, the later round's row counts.
-    """
-    parts: dict[tuple[str, str], list[pd.DataFrame]] = {}
+    """Return the training curve of each (arm, network): that of its last round has all epochs."""
     by_round = sorted(
         (trained_from_stage(path, file="train_<network>/curve.csv"), path) for path in paths
     )
-    for trained, path in by_round:
-        part = numbers_from(path, columns=CURVE_COLUMNS)
-        parts.setdefault((trained.arm, trained.network), []).append(part)
-    return {
-        key: pd.concat(tables)
-        .drop_duplicates("epoch", keep="last")
-        .sort_values("epoch", ignore_index=True)
-        for key, tables in parts.items()
-    }
+    last = {(trained.arm, trained.network): path for trained, path in by_round}
+    return {key: numbers_from(path, columns=CURVE_COLUMNS) for key, path in last.items()}
 
 
 def read_audits(paths: list[Path]) -> dict[Trained, Teaching]:
