@@ -58,7 +58,7 @@ include: "workflow/rules/report.smk"
 onstart:
     if workflow.is_main_process:
         take_over_from_a_dead_command()
-        remember_tables()
+        remember_what_was_read()
         look_at_jobs_as_often_as_asked()
 
 

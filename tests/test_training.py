@@ -2,7 +2,6 @@
 
 import math
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ import torch
 from cotrain.batches import Case
 from cotrain.errors import InputError
 from cotrain.nnunet import Planned, arrays_of
-from cotrain.training import Latest, Trainer, inputs_of
+from cotrain.training import Latest, Trainer, inputs_of, learnt_by
 
 
 @pytest.fixture
@@ -146,23 +145,66 @@ def test_the_same_training_is_saved_to_the_same_bytes_under_any_name(trainer_in,
     assert (tmp_path / "one.pth").read_bytes() == (tmp_path / "other.pth").read_bytes()
 
 
-@pytest.mark.parametrize(("audit", "depends"), [(None, False), (Path("audit.tsv"), True)])
-def test_a_training_that_nobody_teaches_does_not_depend_on_unlabelled_cases(
-    audit, depends, tmp_path
-):
-    # They may still be preprocessed while it trains; a new manifest must not cost its epochs.
+MANIFEST = "case\tshape\torigin\n"
+
+
+@pytest.fixture
+def told(tmp_path) -> Namespace:
+    """Return the arguments of a training, with all that tells what it learns from."""
+    (tmp_path / "s.yaml").write_text("seed: 0")
+    (tmp_path / "plans.json").write_text("{}")
+    (tmp_path / "labelled.tsv").write_text("case\timage\nb\t/old/b.nii.gz\na\t/old/a.nii.gz\n")
     for split in ("labelled", "unlabelled"):
         (tmp_path / split).mkdir()
-        (tmp_path / split / "manifest-0.tsv").touch()
-    arguments = Namespace(
-        settings=Path("s.yaml"),
+        rows = "a\t4x4x4\t111\nb\t4x4x4\t222\nc\t4x4x4\t333\n"
+        (tmp_path / split / "manifest-0.tsv").write_text(MANIFEST + rows)
+    (tmp_path / "audit.tsv").write_text("case\tsoft_sha256\taccepted\treason\nc\t444\ttrue\t\n")
+    return Namespace(
+        settings=tmp_path / "s.yaml",
         preprocessed=tmp_path,
-        labelled=Path("l.tsv"),
-        audit=audit,
+        labelled=tmp_path / "labelled.tsv",
+        audit=tmp_path / "audit.tsv",
         previous=None,
         encoder_weights=None,
     )
-    inputs = inputs_of(arguments)
-    assert tmp_path / "labelled" / "manifest-0.tsv" in inputs
-    assert (tmp_path / "unlabelled" / "manifest-0.tsv" in inputs) == depends
-    assert None not in inputs
+
+
+def test_data_that_moved_or_were_shared_out_in_another_way_train_nothing_again(told, tmp_path):
+    before = learnt_by(told)
+    told.labelled.write_text("case\timage\nb\t/new/b.nii.gz\na\t/new/a.nii.gz\n")
+    (tmp_path / "labelled/manifest-0.tsv").write_text(f"{MANIFEST}a\t4x4x4\t111\nc\t4x4x4\t333\n")
+    (tmp_path / "labelled/manifest-1.tsv").write_text(f"{MANIFEST}b\t4x4x4\t222\n")
+    told.audit.write_text("case\tsoft_sha256\taccepted\treason\nc\t444\ttrue\taccept by ab\n")
+    assert learnt_by(told) == before
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("s.yaml", "0", "1"),
+        ("plans.json", "{}", "[]"),
+        (
+            "labelled.tsv",
+            "b\t/old/b.nii.gz\na\t/old/a.nii.gz",
+            "a\t/old/a.nii.gz\nb\t/old/b.nii.gz",
+        ),
+        ("labelled/manifest-0.tsv", "222", "555"),
+        ("unlabelled/manifest-0.tsv", "333", "555"),
+        ("audit.tsv", "444", "555"),
+    ],
+)
+def test_other_settings_cases_arrays_or_masks_train_again(told, tmp_path, file, old, new):
+    before = learnt_by(told)
+    text = (tmp_path / file).read_text()
+    assert old in text
+    (tmp_path / file).write_text(text.replace(old, new))
+    assert learnt_by(told) != before
+
+
+def test_a_training_that_nobody_teaches_does_not_depend_on_unlabelled_cases(told, tmp_path):
+    # They may still be preprocessed while it trains; a new manifest must not cost its epochs.
+    told.audit = None
+    before = learnt_by(told)
+    (tmp_path / "unlabelled/manifest-0.tsv").unlink()
+    assert learnt_by(told) == before
+    assert None not in inputs_of(told)

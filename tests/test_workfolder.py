@@ -128,6 +128,23 @@ def test_work_of_another_identity_is_not_resumable(tmp_path):
         assert not work.resumable
 
 
+def test_the_processor_time_of_interrupted_processes_is_counted(tmp_path):
+    with WorkFolder(tmp_path, {"seed": 1}) as work:
+        work.claim(done=0)
+        assert work.cpu_seconds_before == 0
+        work.report(1, 3, "epochs")
+    told = json.loads((tmp_path / "step.progress.json").read_text())["cpu_seconds"]
+    with WorkFolder(tmp_path, {"seed": 1}) as work:
+        work.claim(done=1)
+        assert work.cpu_seconds_before == told > 0
+        work.report(2, 3, "epochs")
+    assert json.loads((tmp_path / "step.progress.json").read_text())["cpu_seconds"] >= 2 * told
+    # Other work begins at nothing.
+    with WorkFolder(tmp_path, {"seed": 2}) as work:
+        work.claim(done=0)
+        assert work.cpu_seconds_before == 0
+
+
 def test_work_begun_on_another_device_is_refused_and_kept(tmp_path):
     begun = {"seed": 1, "device": "cuda", "precision": "fp16"}
     with WorkFolder(tmp_path, begun) as work:

@@ -133,6 +133,12 @@ def test_training_killed_after_an_epoch_ends_in_the_bits_of_an_undisturbed_one(
         for folder in (tmp_path, undisturbed.folder)
     ]
     assert without_seconds[0] == without_seconds[1]
+    # Repeated with nothing left to train: Snakemake removes what is declared, and begins again.
+    as_made = (tmp_path / "provenance.json").read_text()
+    for name in ("checkpoint.pth", "curve.csv", "provenance.json"):
+        (tmp_path / name).unlink()
+    cotrain(*words)
+    assert (tmp_path / "provenance.json").read_text() == as_made
 
 
 def test_infers_masks_on_the_images_own_grid(

@@ -585,9 +585,13 @@ def test_a_comment_in_the_configfile_changes_nothing(finished_once: Path):
 
 
 def planned_with_corrected(path: Path, folder: Path) -> Plan:
-    """Return what a dry run would do if the file were another one; it is put back."""
+    """Return what a dry run would do if another file were moved there; then it is put back.
+
+    With an older time of its own, as after `mv` or `rsync -a`.
+    """
     before = path.stat()
     path.write_text("corrected")
+    os.utime(path, (0, 0))
     try:
         return planned(folder)
     finally:
@@ -599,6 +603,13 @@ def test_a_corrected_label_is_learnt_anew(finished: Path, finished_once: Path):
     plan = planned_with_corrected(finished_once / "data/label_0.nii.gz", finished)
     assert plan.jobs["preprocess"] > 0
     assert "cotrain/round-00/train_2d" in plan.trained()
+
+
+def test_masks_are_scored_anew_by_a_corrected_test_label(finished: Path, finished_once: Path):
+    plan = planned_with_corrected(finished_once / "data/label_6.nii.gz", finished)
+    scores = list((finished_once / "results/tiny/evaluation").glob("*.tsv"))
+    assert plan.jobs["evaluate"] == len(scores) > 0
+    assert plan.trained() == set()
 
 
 def test_an_added_unlabelled_case_retrains_what_it_teaches_and_no_control(finished: Path):
@@ -719,32 +730,35 @@ AS_A_JOB = (
 """How a cluster's job calls Snakemake, and reads the Snakefile again."""
 
 
-def test_tables_that_are_edited_during_a_run_fail_none_of_its_jobs(project: Path):
+def test_settings_and_tables_that_are_edited_during_a_run_fail_none_of_its_jobs(project: Path):
     header = "case\tround\tmasks\tverdict\tmask\tby\n"
     (project / "mine.nii.gz").touch()
     verdict = 'case_3\t0\tpseudo_2d\treplace\tmine.nii.gz\t"anna ""a"" b"\n'
     (project / "review.tsv").write_text(header + verdict)
     config = ("--configfile", str(settings_file(project, rounds=1, review="review.tsv", shards=3)))
     target = "results/tiny/cotrain/round-00/audit/train_3d.tsv"
-    ran = snakemake(project, target, *config, STAND_IN_TELLS="COTRAIN_TABLES")
+    ran = snakemake(project, target, *config, STAND_IN_TELLS="COTRAIN_READ")
     assert ran.returncode == 0, ran.stderr
-    tables = (project / "told").read_text()
+    read = (project / "told").read_text()
     made = (project / target).read_text()
     # A row half typed, and so many cases less that there are fewer shards.
     (project / "review.tsv").write_text(header + verdict + "cas")
     cases = (project / "cases.tsv").read_text()
     rows = [row for row in cases.splitlines() if not row.startswith(("case_4", "case_5"))]
     (project / "cases.tsv").write_text("\n".join(rows) + "\n")
+    # And settings for a second experiment, of other rounds and shards.
+    settings_file(project, experiment="another", rounds=4, shards=2, review="review.tsv")
     assert snakemake(project, *AS_A_JOB, *config).returncode != 0
-    job = snakemake(project, *AS_A_JOB, *config, COTRAIN_TABLES=tables)
+    job = snakemake(project, *AS_A_JOB, *config, COTRAIN_READ=read)
     assert job.returncode == 0, job.stderr
     assert (project / target).read_text() == made
     heard = pd.read_csv(project / options_in(f"cotrain {made}")["--review"], sep="\t")
     assert heard[["case", "by"]].values.tolist() == [["case_3", 'anna "a" b']]
-    # The command itself reads the tables; what the job noted of itself is what it asks for.
+    # The command itself reads the files; what the job noted of itself is what it asks for.
     (project / "review.tsv").write_text(header + verdict)
     (project / "cases.tsv").write_text(cases)
-    again = snakemake(project, target, "-n", *config, COTRAIN_TABLES=tables)
+    settings_file(project, rounds=1, review="review.tsv", shards=3)
+    again = snakemake(project, target, "-n", *config, COTRAIN_READ=read)
     assert "Nothing to be done" in again.stdout + again.stderr
 
 

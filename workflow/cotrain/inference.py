@@ -25,12 +25,12 @@ from torch import nn
 
 from cotrain.device import arrange_for_cpu, autocast, device_of, precision_of
 from cotrain.errors import InputError
-from cotrain.files import read_table, sha256_of, write_table
+from cotrain.files import read_table, sha256_of, write_table, write_text
 from cotrain.masks import MANIFEST_COLUMNS, labels_on_image_grid, quantised, write_mask
 from cotrain.nnunet import Planned, arrays_of
 from cotrain.provenance import write_provenance
 from cotrain.settings import Inference, InferStage, Section, load
-from cotrain.shards import shard_of
+from cotrain.shards import remove_manifests_beyond, shard_of
 from cotrain.slices import patch_of, slices_of
 from cotrain.workfolder import WorkFolder
 
@@ -226,14 +226,15 @@ def make_mask_set(
     work = WorkFolder(arguments.out_dir / "work", identity, name=f"shard-{arguments.shard}")
     with work:
         finished = work.folder / f"shard-{arguments.shard}.finished.jsonl"
+        provenance = work.folder / f"shard-{arguments.shard}.provenance.json"
         manifest_path = arguments.out_dir / f"manifest-{arguments.shard}.tsv"
         if work.resumable and manifest_path.is_file():
             # By another job, for which this one waited: newer files would rerun what follows.
             print(f"{manifest_path} is finished already; it stays as it is.", flush=True)
             return
         if not work.resumable:
-            finished.unlink(missing_ok=True)
-            manifest_path.unlink(missing_ok=True)
+            for left_over in (finished, provenance, manifest_path):
+                left_over.unlink(missing_ok=True)
         manifest = _finished_rows(finished)
         work.claim(done=len(manifest))
         if manifest:
@@ -271,23 +272,24 @@ def make_mask_set(
             print(_line_of(made, done=number, total=len(rows)), end="", flush=True)
             left = work.report(number, len(rows), "cases")
             print(f"  {left:.0f} s left", flush=True)
-        write_provenance(
-            arguments.out_dir / f"provenance-{arguments.shard}.json",
-            settings=settings,
-            seed=None,
-            inputs=inputs,
-            **facts,
-        )
+        # A step that Snakemake had repeated, with no case missing, is still what it was made by.
+        if missing or not provenance.is_file():
+            write_provenance(
+                provenance,
+                settings=settings,
+                seed=None,
+                inputs=inputs,
+                cpu_seconds_before=work.cpu_seconds_before,
+                **facts,
+            )
+        write_text(provenance.read_text(), arguments.out_dir / f"provenance-{arguments.shard}.json")
         # In the order of the cases, even where one in their midst was made again.
         place = {row["case"]: number for number, row in enumerate(rows)}
         manifest.sort(key=lambda made: place[made["case"]])
         write_table(pd.DataFrame(manifest, columns=MANIFEST_COLUMNS), manifest_path)
         # The finished cases stay noted: should Snakemake delete the manifest, which it does after a
         # kill, it is written again in seconds and to the same bytes.
-        for surplus in arguments.out_dir.glob("manifest-*.tsv"):
-            # From a run with more shards.
-            if int(surplus.stem.removeprefix("manifest-")) >= arguments.shards:
-                surplus.unlink()
+        remove_manifests_beyond(arguments.shards, arguments.out_dir)
 
 
 def _line_of(made: dict, *, done: int, total: int) -> str:

@@ -15,8 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pandas as pd
+
 from cotrain.errors import InputError
-from cotrain.files import sha256_of
+from cotrain.files import read_table, sha256_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -142,6 +144,12 @@ class Planned:
 def manifests_of(folder: str | Path) -> list[Path]:
     """Return the manifests of a folder of preprocessed cases: they change when an array does."""
     return sorted(Path(folder).glob("manifest-*.tsv"))
+
+
+def arrays_in(folder: str | Path) -> pd.DataFrame:
+    """Return the rows of all manifests of a folder (case, shape, origin), sorted by case."""
+    tables = [read_table(path) for path in manifests_of(folder)]
+    return pd.concat(tables).sort_values("case", ignore_index=True)
 
 
 def arrays_of(folder: str | Path, case: str) -> str:

@@ -17,7 +17,7 @@ import pandas as pd
 
 from cotrain.files import read_table, sha256_of, unique_prefix, write_table
 from cotrain.nnunet import CONFIGURATIONS, Planned
-from cotrain.shards import shard_of
+from cotrain.shards import remove_manifests_beyond, shard_of
 
 SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
 NOT_READ = ("architecture", "batch_size", "batch_dice")
@@ -109,3 +109,4 @@ def run(arguments: argparse.Namespace) -> None:
         pd.DataFrame(manifest, columns=["case", "shape", "origin"]),
         arguments.out_dir / f"manifest-{arguments.shard}.tsv",
     )
+    remove_manifests_beyond(arguments.shards, arguments.out_dir)

@@ -49,7 +49,8 @@ def commit_of_code() -> str:
         return f"release {__version__}"
 
 
-def _cpu_seconds() -> float:
+def cpu_seconds() -> float:
+    """Return the processor time of this process and of those it has waited for."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(each.ru_utime + each.ru_stime for each in used)
 
@@ -60,12 +61,13 @@ def write_provenance(
     settings: Section,
     seed: int | None,
     inputs: Iterable[Path],
+    cpu_seconds_before: float = 0,
     **facts: object,
 ) -> None:
     """Write settings, seed, input hashes, package versions and commit of a step to `path`.
 
-    inputs: files; each is recorded with the SHA-256 of its bytes. `cpu_seconds` is the processor
-    time of this process and those it has waited for; not that of earlier, interrupted ones.
+    inputs: files; each is recorded with the SHA-256 of its bytes. cpu_seconds_before: that of
+    earlier, interrupted processes, which `cpu_seconds` holds beside this one's processor time.
     """
     versions = {}
     for package in PACKAGES:
@@ -82,7 +84,7 @@ def write_provenance(
             "inputs": {str(each): sha256_of(each) for each in inputs},
             "python": platform.python_version(),
             "packages": versions,
-            "cpu_seconds": round(_cpu_seconds(), 1),
+            "cpu_seconds": round(cpu_seconds_before + cpu_seconds(), 1),
             **facts,
         },
         path,

@@ -1,5 +1,6 @@
 """Shards: in, all cases; out, those of one job."""
 
+from pathlib import Path
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -13,3 +14,10 @@ def shard_of(items: list[Item], shard: int, shards: int) -> list[Item]:
     if not 0 <= shard < shards:
         raise ValueError(f"shard {shard} is not one of 0 ... {shards - 1}")
     return items[shard::shards]
+
+
+def remove_manifests_beyond(shards: int, folder: Path) -> None:
+    """Remove the manifests that a run with more shards has left in a folder."""
+    for manifest in folder.glob("manifest-*.tsv"):
+        if int(manifest.stem.removeprefix("manifest-")) >= shards:
+            manifest.unlink()

@@ -29,9 +29,9 @@ from cotrain.audit import learnt_from
 from cotrain.batches import STREAMS, BatchSource, Case, batches, seed_everything
 from cotrain.device import arrange_for_cpu, autocast, device_of, devices_of, precision_of
 from cotrain.errors import InputError
-from cotrain.files import read_table, sha256_of, write_atomically
+from cotrain.files import read_table, sha256_of, write_atomically, write_text
 from cotrain.losses import DiceAndSoftCrossEntropy
-from cotrain.nnunet import Planned, arrays_of, manifests_of
+from cotrain.nnunet import Planned, arrays_in, arrays_of, manifests_of
 from cotrain.provenance import write_provenance
 from cotrain.schedule import Schedule, Window
 from cotrain.settings import TrainStage, load
@@ -436,12 +436,16 @@ def accepted_cases(audit: Path, preprocessed: Path) -> list[Case]:
     return cases
 
 
-def inputs_of(arguments: argparse.Namespace) -> list[Path]:
-    """Return all files that a training depends on: what a change of discards its finished epochs.
+def splits_shown(arguments: argparse.Namespace) -> list[str]:
+    """Return the splits that a training is shown cases of.
 
-    Not the arrays of unlabelled cases where none is shown: they may still be made while it trains.
+    Arrays of unlabelled cases that it is not shown may still be made while it trains.
     """
-    splits = ["labelled", *(["unlabelled"] if arguments.audit else [])]
+    return ["labelled", *(["unlabelled"] if arguments.audit else [])]
+
+
+def inputs_of(arguments: argparse.Namespace) -> list[Path]:
+    """Return all files that a training reads or that tell of the arrays it reads."""
     given = (
         arguments.settings,
         arguments.preprocessed / "plans.json",
@@ -450,8 +454,34 @@ def inputs_of(arguments: argparse.Namespace) -> list[Path]:
         arguments.previous,
         arguments.encoder_weights,
     )
-    manifests = [path for split in splits for path in manifests_of(arguments.preprocessed / split)]
+    manifests = [
+        path
+        for split in splits_shown(arguments)
+        for path in manifests_of(arguments.preprocessed / split)
+    ]
     return [*(path for path in given if path is not None), *manifests]
+
+
+def learnt_by(arguments: argparse.Namespace) -> dict[str, str]:
+    """Return hashes of all that a training learns from: a change discards its finished epochs.
+
+    Not of where the data lie, who judged a mask, or how many jobs preprocessed the cases: what only
+    tells of the same things in another way must not train again.
+    """
+    files = ("settings", "previous", "encoder_weights")
+    learnt = {
+        name: sha256_of(path) for name in files if (path := getattr(arguments, name)) is not None
+    }
+    learnt["plans"] = sha256_of(arguments.preprocessed / "plans.json")
+    # Their order decides which is drawn.
+    cases = "\n".join(read_table(arguments.labelled)["case"])
+    learnt["labelled"] = hashlib.sha256(cases.encode()).hexdigest()
+    for split in splits_shown(arguments):
+        arrays = arrays_in(arguments.preprocessed / split).to_csv(sep="\t", index=False)
+        learnt[f"arrays of {split}"] = hashlib.sha256(arrays.encode()).hexdigest()
+    if arguments.audit is not None:
+        learnt["masks"] = learnt_from(arguments.audit)
+    return learnt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -495,11 +525,7 @@ def run(arguments: argparse.Namespace) -> None:
         # Another number format would go on with other bits, without a word.
         "device": devices[0].type,
         "precision": precision_of(stage.compute, devices[0], training=True),
-        # Of the audit, what is learnt: a verdict that changes nothing must not train again.
-        "inputs": {
-            str(path): learnt_from(path) if path == arguments.audit else sha256_of(path)
-            for path in inputs
-        },
+        "inputs": learnt_by(arguments),
     }
     with WorkFolder(arguments.out_dir / "work", identity) as work:
         checkpoint = arguments.out_dir / "checkpoint.pth"
@@ -529,11 +555,11 @@ def _train_round(
             f"network's batch size {batch_size}, so that no pseudo-mask would ever be learnt; "
             "lower the one (0 allows batches without a labelled sample) or raise the other."
         )
-    latest = work.folder / "latest.pth"
+    latest, provenance = (work.folder / name for name in ("latest.pth", "provenance.json"))
     events = arguments.out_dir / "tensorboard"
     resuming = work.resumable and latest.is_file()
     if not resuming:
-        for left_over in (latest, arguments.out_dir / "checkpoint.pth"):
+        for left_over in (latest, provenance, arguments.out_dir / "checkpoint.pth"):
             left_over.unlink(missing_ok=True)
         shutil.rmtree(events, ignore_errors=True)
     start_from = latest if resuming else arguments.previous
@@ -560,6 +586,7 @@ def _train_round(
         from torch.utils.tensorboard import SummaryWriter
 
         total = window.stop - window.start
+        had_all = trainer.epoch == window.stop
         if resuming:
             # Snakemake has removed the log of the process before.
             for values in trainer.curve[len(trainer.curve) - (trainer.epoch - window.start) :]:
@@ -578,22 +605,26 @@ def _train_round(
                 left = work.report(done, total, "epochs", loss=loss, before_leaving=kept.save)
                 print(f"  {_duration(left)} left", flush=True)
     write_table_of_curve(trainer.curve, arguments.out_dir / "curve.csv")
-    write_provenance(
-        arguments.out_dir / "provenance.json",
-        settings=stage,
-        seed=stage.seed,
-        inputs=inputs,
-        network=arguments.network,
-        arm=arguments.arm,
-        round=arguments.round,
-        device=str(trainer.device),
-        precision=trainer.precision,
-        threads=arguments.threads,
-        labelled=[case.name for case in labelled],
-        pseudo_labelled=[c.name for c in unlabelled],
-        parameters=parameters,
-        weights_hash=weights_hash(trainer.deployed),
-    )
+    # A step that Snakemake had repeated, with nothing left to train, is still what it was made by.
+    if not (had_all and provenance.is_file()):
+        write_provenance(
+            provenance,
+            settings=stage,
+            seed=stage.seed,
+            inputs=inputs,
+            cpu_seconds_before=work.cpu_seconds_before,
+            network=arguments.network,
+            arm=arguments.arm,
+            round=arguments.round,
+            device=str(trainer.device),
+            precision=trainer.precision,
+            threads=arguments.threads,
+            labelled=[case.name for case in labelled],
+            pseudo_labelled=[c.name for c in unlabelled],
+            parameters=parameters,
+            weights_hash=weights_hash(trainer.deployed),
+        )
+    write_text(provenance.read_text(), arguments.out_dir / "provenance.json")
     # The declared output comes last: when it is there, the round is whole. The same bytes stay in
     # the working folder: should Snakemake die now and delete the output, the rerun takes seconds.
     work.insist()

@@ -20,6 +20,7 @@ from pathlib import Path
 from cotrain import slurm
 from cotrain.errors import InputError
 from cotrain.files import unique_prefix, write_json, write_text
+from cotrain.provenance import cpu_seconds
 
 HEARTBEAT_SECONDS = 60
 """Seconds between two signs of life in a lock."""
@@ -44,7 +45,8 @@ class WorkFolder:
 
     folder: created where missing. name: one step's name inside it (a shard's number, say).
     identity: everything the result depends on, as JSON; `resumable` is False where the folder
-    holds work of another identity, which the caller then throws away.
+    holds work of another identity, which the caller then throws away. `cpu_seconds_before`, known
+    once the work is claimed, is the processor time of the processes that it goes on from.
 
     In a SLURM job that will meet its time limit within the next epoch or case, `report` puts the
     job back into the queue: it goes on in its next allocation, and none of the retries that are
@@ -62,6 +64,7 @@ class WorkFolder:
         self.identity = identity
         self.name = name
         self.resumable = False
+        self.cpu_seconds_before = 0.0
         self._lock = self.folder / f"{name}.lock"
         self._identity_file = self.folder / f"{name}.identity.json"
         self._error_file = self.folder / f"{name}.error.txt"
@@ -147,8 +150,11 @@ class WorkFolder:
         done: finished epochs or cases that this process goes on from. Each process adds a line to
         `<name>.starts.tsv`: as many lines, as many allocations worked on the step.
         """
+        progress_file = self.folder / f"{self.name}.progress.json"
         if not self.resumable:
-            self._starts_file.unlink(missing_ok=True)
+            for left_over in (self._starts_file, progress_file):
+                left_over.unlink(missing_ok=True)
+        self.cpu_seconds_before = (content_of(progress_file) or {}).get("cpu_seconds", 0.0)
         write_json(self.identity, self._identity_file)
         is_new = not self._starts_file.exists()
         with open(self._starts_file, "a") as table:
@@ -200,6 +206,7 @@ class WorkFolder:
                 "seconds_left": round(left),
                 **more,
                 "updated": now,
+                "cpu_seconds": round(self.cpu_seconds_before + cpu_seconds(), 1),
             },
             self.folder / f"{self.name}.progress.json",
         )

@@ -17,7 +17,7 @@ from cotrain.errors import InputError
 from cotrain.experiments import experiments_of
 from cotrain.files import write_json
 from cotrain.review import masks_of, read_review
-from cotrain.settings import as_yaml
+from cotrain.settings import as_yaml, check
 from cotrain.takeover import take_over
 from snakemake.exceptions import WorkflowError
 
@@ -104,44 +104,51 @@ def checked_reviews():
     return reviews
 
 
-def remember_tables():
-    """Write what was read from the case and review tables, for the jobs of this command.
+def remember_what_was_read():
+    """Write the settings, and the rows of the case and review tables, for this command's jobs.
 
-    A cluster's jobs read the Snakefile again, when a person may be editing the tables: a row half
-    typed would fail all that start, and fewer cases would share them out anew.
+    A cluster's jobs read the Snakefile again, when a person may be editing these files: a row half
+    typed would fail all that start, and fewer cases or more shards would share them out anew.
     """
     read = {
         experiment: {
-            "cases": {split: rows.to_dict("list") for split, rows in cases.items()},
+            "settings": settings.model_dump(mode="json"),
+            "group": GROUPS.get(experiment),
+            "cases": {
+                split: rows.to_dict("list") for split, rows in CASES[experiment].items()
+            },
             "review": REVIEWS[experiment],
         }
-        for experiment, cases in CASES.items()
+        for experiment, settings in SETTINGS.items()
     }
-    path = Path(".snakemake", f"tables-{config['experiment']}.json").absolute()
+    path = Path(".snakemake", f"read-{config['experiment']}.json").absolute()
     write_json(read, path)
     # Jobs do not go by the name alone: what lies there may be from an earlier command.
-    os.environ.update(COTRAIN_TABLES=str(path))
+    os.environ.update(COTRAIN_READ=str(path))
 
 
-def remembered_tables(path):
-    """Return {experiment: {split: rows}} and {experiment: verdicts} as the command wrote them."""
+def remembered(path):
+    """Return SETTINGS, GROUPS, CASES and REVIEWS as the command wrote them."""
     read = json.loads(path.read_text())
-    cases = {
-        experiment: {
+    settings, groups, cases, reviews = {}, {}, {}, {}
+    for experiment, each in read.items():
+        settings[experiment] = check(each["settings"], source=str(path))
+        if each["group"]:
+            groups[experiment] = each["group"]
+        cases[experiment] = {
             split: pd.DataFrame(rows, dtype=str)
-            for split, rows in tables["cases"].items()
+            for split, rows in each["cases"].items()
         }
-        for experiment, tables in read.items()
-    }
-    return cases, {experiment: tables["review"] for experiment, tables in read.items()}
+        reviews[experiment] = each["review"]
+    return settings, groups, cases, reviews
 
 
 try:
-    SETTINGS, GROUPS = checked_settings()
-    remembered = Path(os.environ.get("COTRAIN_TABLES", ""))
-    if remembered.is_file() and not workflow.is_main_process:
-        CASES, REVIEWS = remembered_tables(remembered)
+    command_has_read = Path(os.environ.get("COTRAIN_READ", ""))
+    if command_has_read.is_file() and not workflow.is_main_process:
+        SETTINGS, GROUPS, CASES, REVIEWS = remembered(command_has_read)
     else:
+        SETTINGS, GROUPS = checked_settings()
         CASES = checked_cases()
         REVIEWS = checked_reviews()
 except InputError as error:
@@ -207,17 +214,16 @@ def transductive_or_not(wildcards):
 
 
 def fingerprint_of(wildcards):
-    """Return a hash that is another one wherever the list of a split is, or an unlabelled file.
+    """Return a hash that is another one wherever the list of a split is, or one of its files.
 
-    Corrected files of other splits are seen by Snakemake itself. On a cluster it is asked for where
+    Snakemake would see a corrected file as an input, but not one that was moved into place with an
+    older time; and each job would ask the file system for all of them. So this is asked for where
     the command was typed, and in jobs that check the data.
     """
     rows = CASES[wildcards.experiment][wildcards.split]
-    told = rows.to_csv(index=False)
-    if wildcards.split == "unlabelled":
-        files = images_and_truths_of(wildcards.experiment, "unlabelled")
-        found = [os.stat(path) for path in files]
-        told += str([(each.st_size, each.st_mtime_ns) for each in found])
+    found = map(os.stat, images_and_truths_of(wildcards.experiment, wildcards.split))
+    times = [(each.st_size, each.st_mtime_ns) for each in found]
+    told = rows.to_csv(index=False) + str(times)
     return hashlib.sha256(told.encode()).hexdigest()
 
 
@@ -249,30 +255,11 @@ def manifests_in(folder, experiment, split):
     ]
 
 
-def files_of(experiment, split):
-    """Return the images and labels of a split, to run again what a corrected file went into.
-
-    Not those of unlabelled cases: their number is not bounded, and each job would ask for all. A
-    change of theirs is seen by `fingerprint_of`.
-    """
-    if split == "unlabelled":
-        return []
-    return images_and_truths_of(experiment, split)
-
-
 def images_and_truths_of(experiment, split):
     """Return all channels of a split's images, and the labels of those that have one."""
-    images = [
-        path
-        for channels in CASES[experiment][split]["image"]
-        for path in channels.split(";")
-    ]
-    return images + truths_of(experiment, split)
-
-
-def truths_of(experiment, split):
-    """Return the labels of a split, of those cases that have one."""
-    return [path for path in CASES[experiment][split]["label"] if path]
+    rows = CASES[experiment][split]
+    images = [path for channels in rows["image"] for path in channels.split(";")]
+    return images + [path for path in rows["label"] if path]
 
 
 def preprocessed_cases(split):

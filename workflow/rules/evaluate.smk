@@ -89,7 +89,6 @@ rule evaluate:
     input:
         manifests=manifests_of_test_masks,
         cases="results/{experiment}/cases/test.tsv",
-        truths=lambda wildcards: truths_of(wildcards.experiment, "test"),
     output:
         scores="results/{experiment}/evaluation/{arm}_{network}_round-{round}.tsv",
     log:

@@ -26,7 +26,6 @@ rule check_data:
     """
     input:
         before=list_before,
-        files=lambda wildcards: files_of(wildcards.experiment, wildcards.split),
     output:
         cases="results/{experiment}/cases/{split}.tsv",
     log:
@@ -43,8 +42,8 @@ rule check_data:
         mem_mb=memory(4000),
         runtime=120,
     params:
-        # Tells Snakemake that the list is another one (the table itself may hold other news), and is
-        # part of the list: a run that ended after it would forget that a file was corrected.
+        # A hash of this split's rows and files; not of the whole table, which may hold other news. It
+        # is part of the list: a run that ended after it would forget that a file was corrected.
         listed=fingerprint_of,
         table=lambda wildcards: str(settings_of(wildcards).cases),
         data_folder=data_folder_of,
@@ -113,7 +112,6 @@ rule plan:
     input:
         settings="results/{experiment}/settings/plan.yaml",
         cases="results/{experiment}/cases/labelled.tsv",
-        files=lambda wildcards: files_of(wildcards.experiment, "labelled"),
         network=own_network_of,
     output:
         plans="results/{experiment}/preprocessed/plans.json",
@@ -149,7 +147,6 @@ rule preprocess:
     input:
         plans="results/{experiment}/preprocessed/plans.json",
         cases="results/{experiment}/cases/{split}.tsv",
-        files=lambda wildcards: files_of(wildcards.experiment, wildcards.split),
     output:
         manifest="results/{experiment}/preprocessed/{split}/manifest-{shard}.tsv",
     log:
