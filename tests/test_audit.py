@@ -11,7 +11,7 @@ import pytest
 from medpy.metric.binary import dc
 
 from cotrain.__main__ import main
-from cotrain.audit import learnt_from, true_dice, verdict_on
+from cotrain.audit import audit_row, learnt_from, true_dice, verdict_on
 from cotrain.files import read_table, sha256_of
 from cotrain.training import accepted_cases
 
@@ -231,6 +231,21 @@ def test_an_empty_mask_is_not_learnt_unless_a_person_accepts_it(audit, masks):
     refused = audit().loc["coarse_u"]
     assert (refused["accepted"], refused["reason"]) == ("false", "the mask is empty")
     assert audit(verdict("coarse_u", "accept")).loc["coarse_u", "accepted"] == "true"
+
+
+def test_whoever_accepts_a_source_has_not_accepted_an_empty_mean(masks, tiny, tmp_path):
+    mean = shutil.copytree(masks, tmp_path / "round-01" / "teacher_3d")
+    made = read_table(mean / "manifest-0.tsv").set_index("case", drop=False).loc["coarse_u"]
+    made = {**made, "volume_ml": "0"}
+    row = next(each for each in tiny.rows("unlabelled") if each["case"] == "coarse_u")
+
+    def accepted(of: str) -> tuple[str, str]:
+        judged = dict(zip(REVIEW, verdict("coarse_u", "accept", masks=of, round_="1"), strict=True))
+        audited = audit_row(made, row, judged, mean, tiny.settings.labels)
+        return audited["accepted"], audited["reason"]
+
+    assert accepted("pseudo_2d") == ("false", "accept by a reader 2025-01-01; the mask is empty")
+    assert accepted("teacher_3d") == ("true", "accept by a reader 2025-01-01")
 
 
 @pytest.mark.parametrize(

@@ -356,6 +356,12 @@ def test_make_table_notices_nnunet_names(tmp_path):
         make(tmp_path)
 
 
+def test_make_table_takes_a_number_without_channel_0000_for_the_cases_own(tmp_path):
+    touch(tmp_path / "images", "scan_0042", "scan_2024")
+    touch(tmp_path / "labels", "scan_0042")
+    assert list(make(tmp_path)["case"]) == ["scan_0042", "scan_2024"]
+
+
 def test_make_table_names_a_missing_channel(tmp_path):
     touch(tmp_path / "images", "a_0000", "a_0001", "b_0000")
     touch(tmp_path / "labels", "a")

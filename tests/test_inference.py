@@ -404,8 +404,11 @@ def test_a_changed_checkpoint_discards_finished_cases(
     assert content_of(folder) == content_of(tmp_path / "undisturbed")
 
 
-def test_a_checkpoint_of_the_other_network_is_refused(tiny, trained_3d, infer_words, tmp_path):
+def test_a_checkpoint_of_the_other_network_is_refused(
+    tiny, trained_3d, infer_words, tmp_path, capsys
+):
     assert main(infer_words(tiny, "2d", trained_3d.checkpoint, tmp_path)) == 2
+    assert "holds the 3d network, wanted the 2d network" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------ prediction
@@ -425,6 +428,9 @@ def test_prediction_replaces_neither_an_image_nor_a_corrected_mask(
     sure = pd.read_csv(tmp_path / "confidence.tsv", sep="\t")
     assert sorted(sure["case"]) == sorted(cases)
     assert sure["confidence"].is_monotonic_increasing
+    check_replaces_nothing([*cases, "new"], tmp_path)
+    # What was handed over is known by its table, too: the steps may be removed.
+    shutil.rmtree(tmp_path / "steps")
     check_replaces_nothing([*cases, "new"], tmp_path)
     shutil.copy(tiny.rows("unlabelled")[0]["image"], tmp_path / "new.nii.gz")
     with pytest.raises(InputError, match=r"new\.nii\.gz would be replaced .* another --out-dir"):

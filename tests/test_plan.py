@@ -222,6 +222,8 @@ def test_the_exported_model_names_no_place_of_this_machine_and_no_class_of_ours(
         text = (folder / name).read_text()
         assert "/" not in text
         assert "cotrain." not in text
+    training = json.loads((tmp_path / "model/provenance.json").read_text())["training"]
+    assert (training["labelled"], training["pseudo_labelled"]) == (3, 0)
     assert (folder / "fold_all" / "checkpoint_final.pth").is_file()
 
 

@@ -154,6 +154,7 @@ def audit_row(
     """
     mask = check_unedited(masks, made)
     accepted, reason = True, ""
+    is_empty = float(made["volume_ml"]) == 0
     if verdict is not None:
         accepted, reason = verdict["verdict"] != "exclude", verdict["verdict"]
         if verdict.get("by"):
@@ -163,11 +164,14 @@ def audit_row(
         if verdict["verdict"] == "replace":
             mask = Path(verdict["mask"])
             volume_ml = volume_of_replacement(mask, row["image"].split(";")[0], labels)
-            made = {**made, "confidence": "1.0000", "volume_ml": f"{volume_ml:.4f}"}
+            made = {**made, "confidence": "1.0000", "volume_ml": f"{volume_ml:.6g}"}
             if volume_ml == 0:
                 # Of a structure that may be missing, but also what a viewer saves by mistake.
                 reason += "; the corrected mask is empty, and teaches that nothing is there"
-    elif float(made["volume_ml"]) == 0:
+        elif is_empty and accepted and masks_of(verdict) != set_in(masks):
+            # Who accepts one of its sources has not seen that the mean is empty.
+            accepted, reason = False, f"{reason}; {EMPTY}"
+    elif is_empty:
         accepted, reason = False, EMPTY
     truth_dice = ""
     if row["label"]:

@@ -82,8 +82,12 @@ def run(arguments: argparse.Namespace) -> None:
             )
             if path is not None
         ],
-        # This folder is sent around, the one of the checkpoint is not.
-        training=trained,
+        # This folder is sent around, the one of the checkpoint is not. Names of cases are often
+        # those of patients: how many they were is enough.
+        training={
+            **trained,
+            **{cases: len(trained[cases]) for cases in ("labelled", "pseudo_labelled")},
+        },
     )
     with write_atomically(folder / "fold_all" / "checkpoint_final.pth") as temporary:
         torch.save(checkpoint, temporary)

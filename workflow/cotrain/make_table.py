@@ -52,7 +52,9 @@ def images_of(
     image_files = _nifti_files(images)
     if channel_suffixes:
         return _channels_of_cases(image_files, channel_suffixes)
-    if all(re.search(r"_\d{4}$", name) for name in image_files):
+    # nnU-Net counts channels from 0: a number without that is the case's own.
+    first_channels = {re.sub(r"_\d{4}$", "_0000", name) for name in image_files}
+    if first_channels <= set(image_files) and all(re.search(r"_\d{4}$", n) for n in image_files):
         raise InputError(
             f"Every image is named like {next(iter(image_files))}, as nnU-Net numbers channels; "
             "add --channel-suffix _0000 (or _0000,_0001 ... for more channels)."

@@ -16,7 +16,7 @@ import torch
 
 from cotrain.errors import InputError
 from cotrain.files import sha256_of, write_atomically
-from cotrain.nifti import write_labels
+from cotrain.nifti import voxel_volume_ml, write_labels
 from cotrain.nnunet import Planned
 
 LOCATIONS_PER_LABEL = 500
@@ -253,7 +253,7 @@ def write_mask(
     write_labels(labels.transpose(2, 1, 0), like=image, path=mask_path)
     # An edit in place would teach nothing: a viewer is to save it under a new name.
     mask_path.chmod(0o444)
-    voxel_ml = abs(np.linalg.det(nibabel.load(image).affine[:3, :3])) / 1000
+    voxel_ml = voxel_volume_ml(nibabel.load(image).affine)
     return {
         "case": case,
         "mask": mask_path.name,
@@ -261,6 +261,6 @@ def write_mask(
         "soft": soft_path.name,
         "soft_sha256": sha256_of(soft_path),
         "confidence": f"{confidence_of(soft):.4f}",
-        "volume_ml": f"{np.count_nonzero(labels) * voxel_ml:.4f}",
+        "volume_ml": f"{np.count_nonzero(labels) * voxel_ml:.6g}",
         "seconds": f"{seconds:.2f}",
     }

@@ -105,9 +105,16 @@ def check_replaces_nothing(cases: Iterable[str], out_dir: Path) -> None:
     Such as an image, or a mask of its own that a person has corrected since.
     """
     noted = inference.noted_rows(out_dir / "steps" / "mean" / "work" / "shard-0.finished.jsonl")
-    made = {row["mask"]: row["mask_sha256"] for row in noted}
-    files = [out_dir / f"{case}.nii.gz" for case in cases]
-    others = [file for file in files if file.is_file() and sha256_of(file) != made.get(file.name)]
+    handed_over = out_dir / "confidence.tsv"
+    if handed_over.is_file():
+        noted += read_table(handed_over).to_dict("records")
+    made = {(row["case"], row["mask_sha256"]) for row in noted}
+    files = {case: out_dir / f"{case}.nii.gz" for case in cases}
+    others = [
+        file
+        for case, file in files.items()
+        if file.is_file() and (case, sha256_of(file)) not in made
+    ]
     if others:
         raise InputError(
             f"{others[0]}{f' and {len(others) - 1} more' if len(others) > 1 else ''} would be "
@@ -122,11 +129,15 @@ def hand_over(masks: Path, out_dir: Path) -> None:
     As copies, which a person may correct in place: in a mask set a file is not to be touched.
     """
     manifest = read_table(masks / "manifest-0.tsv")
+    by_confidence = manifest.sort_values("confidence", key=pd.to_numeric, ignore_index=True)
+    # First: it says which masks this command has made.
+    write_table(
+        by_confidence[["case", "confidence", "volume_ml", "mask_sha256"]],
+        out_dir / "confidence.tsv",
+    )
     for mask in manifest["mask"]:
         with write_atomically(out_dir / mask) as temporary:
             shutil.copyfile(masks / mask, temporary)
-    by_confidence = manifest.sort_values("confidence", key=pd.to_numeric, ignore_index=True)
-    write_table(by_confidence[["case", "confidence", "volume_ml"]], out_dir / "confidence.tsv")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -45,7 +45,8 @@ def read_review(path: Path | None, cases: Collection[str]) -> pd.DataFrame:
         if row["case"] not in cases:
             raise InputError(
                 f"{path} judges the case {row['case']!r}, which is not among the unlabelled "
-                "cases; correct its name."
+                "cases; correct its name, or remove the row where the case has a label now or was "
+                "taken out of the case table."
             )
         for column, known in (("masks", MASKS), ("verdict", VERDICTS)):
             if row[column] not in known:

@@ -163,8 +163,10 @@ class Cotraining(Section):
         "3D learns from 2D, and 2D from the labels alone.",
     )
     sampling: Sampling = Sampling()
-    learning_rate_restart: Share = Field(
+    learning_rate_restart: float = Field(
         0.5,
+        gt=0,
+        le=1,
         description="Where co-training restarts the rate after a phase on labels alone, as a share "
         "of learning_rate; the paper: 1.",
     )
