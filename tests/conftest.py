@@ -30,9 +30,8 @@ from scipy.ndimage import gaussian_filter
 
 from cotrain.__main__ import main
 from cotrain.inference import make_mask_set, soft_mask_of
-from cotrain.merge import MergeStage
 from cotrain.nnunet import Planned
-from cotrain.settings import Settings, as_yaml, check
+from cotrain.settings import Section, Settings, as_yaml, check
 
 LABELS = {"shell": 1, "core": 2}
 SHAPE = (20, 24, 30)
@@ -275,7 +274,7 @@ def pseudo_masks(tiny) -> Path:
         Planned.read(tiny.preprocessed),
         inputs=[],
         slabs_of=slabs_of,
-        settings=MergeStage(),
+        settings=Section(),
     )
     return out_dir
 

@@ -18,8 +18,7 @@ LITE0 = {"encoder": "tf_efficientnet_lite0"}
 PVT = {"encoder": "pvt_v2_b0"}
 VIT = {"encoder": "vit_tiny_patch16_224", "decoder": "DPT"}
 DINO = {"encoder": "vit_small_patch16_dinov3", "decoder": "DPT"}
-SWIN = {"encoder": "swin_tiny_patch4_window7_224", "image_size": [64, 64]}
-NETWORKS = [LITE0, PVT, VIT, DINO, SWIN]
+NETWORKS = [LITE0, PVT, VIT, DINO]
 ADAPTATIONS = ["full", "lora", "frozen"]
 
 
@@ -95,34 +94,6 @@ def test_loaded_encoder_gives_timms_own_features_of_a_grey_image(network, adapta
         )
     assert features[-1].shape == expected[-1].shape
     torch.testing.assert_close(features[-1], expected[-1], rtol=1e-4, atol=1e-4)
-
-
-def test_loading_leaves_no_encoder_tensor_of_a_windowed_network_at_its_random_start():
-    donor = timm.create_model("swin_tiny_patch4_window7_224")
-    torch.nn.init.constant_(donor.layers[0].blocks[0].attn.relative_position_bias_table, 7.0)
-    network = build(SWIN, adaptation="lora")
-    lora = {name: p.clone() for name, p in network.named_parameters() if "lora_" in name}
-    network.load_encoder(donor.state_dict())
-    attention = network.model.encoder.model.layers_0.blocks[0].attn
-    torch.testing.assert_close(
-        attention.relative_position_bias_table,
-        torch.full_like(attention.relative_position_bias_table, 7.0),
-    )
-    torch.testing.assert_close(
-        attention.qkv.get_base_layer().weight, donor.layers[0].blocks[0].attn.qkv.weight
-    )
-    for name, parameter in network.named_parameters():
-        assert "lora_" not in name or torch.equal(parameter, lora[name])
-
-
-def test_position_embedding_is_resampled_to_the_image_size():
-    donor = timm.create_model("vit_tiny_patch16_224")
-    torch.nn.init.constant_(donor.pos_embed, 0.5)
-    network = build(VIT, image_size=(64, 96))
-    network.load_encoder(donor.state_dict())
-    embedding = network.model.encoder.model.pos_embed
-    assert embedding.shape == (1, 1 + 4 * 6, 192)  # class token, 64/16 x 96/16 patches
-    torch.testing.assert_close(embedding, torch.full_like(embedding, 0.5))
 
 
 def test_weights_with_a_missing_an_unknown_or_a_misshapen_tensor_are_refused_and_change_nothing():
@@ -235,11 +206,6 @@ def test_graph_is_whole_for_the_compiler():
 def test_argument_that_cannot_be_met_is_refused_with_a_sentence(options, sentence):
     with pytest.raises(InputError, match=sentence):
         TimmSegmentationNetwork(1, 2, **options)
-
-
-def test_image_larger_than_the_image_size_is_refused():
-    with pytest.raises(InputError, match="65 x 64 pixels"):
-        build(SWIN)(torch.zeros(1, 2, 65, 64))
 
 
 def test_the_average_of_weights_moves_each_tensor_once_whatever_its_names():

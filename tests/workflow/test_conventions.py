@@ -5,8 +5,6 @@ import importlib.util
 import inspect
 import json
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -38,12 +36,6 @@ def rules() -> dict[str, str]:
 def directives(rule: str) -> set[str]:
     """Return the names of a rule's directives."""
     return set(re.findall(r"^    (\w+):", rule, flags=re.MULTILINE))
-
-
-def run(*command: str) -> None:
-    """Run a checker in the clone; its complaint is the assertion's message."""
-    ran = subprocess.run(command, cwd=CLONE, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize("name", rules())
@@ -134,19 +126,6 @@ def test_the_speed_benchmark_gives_every_command_the_options_it_needs(tmp_path, 
     )
     speed.prepare(arguments, tmp_path)
     assert {"check-data", "plan", "preprocess", "train", "export", "infer"} <= set(called)
-
-
-def test_snakemake_lint_is_clean():
-    run(sys.executable, "-m", "snakemake", "--lint")
-
-
-def test_the_rules_are_formatted():
-    run(sys.executable, "-m", "snakefmt", "--check", "Snakefile", "workflow/rules")
-
-
-def test_the_code_is_clean():
-    run(sys.executable, "-m", "ruff", "check", ".")
-    run(sys.executable, "-m", "ruff", "format", "--check", ".")
 
 
 def test_the_page_on_settings_has_every_setting():

@@ -16,10 +16,6 @@ from cotrain.nnunet import Planned
 from cotrain.settings import Section
 
 
-class MergeStage(Section):
-    """What merging depends on, beside its input files: nothing."""
-
-
 def mean_of(soft_masks: list[np.ndarray]) -> torch.Tensor:
     """Return `(K, Z, Y, X)` float32 mean probabilities of soft masks `(K-1, Z, Y, X)` uint8."""
     return torch.from_numpy(np.mean([with_background(each) for each in soft_masks], axis=0))
@@ -49,6 +45,6 @@ def run(arguments: argparse.Namespace) -> None:
         planned,
         inputs=[*manifests, arguments.preprocessed / "plans.json"],
         slabs_of=slabs_of,
-        settings=MergeStage(),
+        settings=Section(),
         masks=[str(each) for each in arguments.masks],
     )

@@ -14,17 +14,15 @@ Known to work, because `tests/test_networks.py` holds each to the same contract:
 | pvt_v2_b0                    | hierarchical transformer | Unet    |
 | vit_tiny_patch16_224         | plain ViT, any size      | DPT     |
 | vit_small_patch16_dinov3     | plain ViT, rotary        | DPT     |
-| swin_tiny_patch4_window7_224 | windows, needs image_size| Unet    |
 
 A ViT with patches of 14 pixels (DINOv2) does not work: DPT halves and doubles a grid of 32 pixels.
+Nor does an encoder built for one size of image (Swin): slices come in any.
 """
 
-import math
 from pathlib import Path
 from typing import Literal
 
 import segmentation_models_pytorch as smp
-import timm
 import torch
 from timm.models import adapt_input_conv
 from timm.models._features import FeatureGetterNet
@@ -55,9 +53,6 @@ class TimmSegmentationNetwork(nn.Module):
         adaptation: `full` trains everything; `lora` trains low-rank updates of the encoder's dense
             layers (Hu et al. 2021, arXiv 2106.09685) and the decoder; `frozen` the decoder alone.
         lora_rank: rank of the updates; 64 is the paper's (arXiv 2509.15167) for SegFormer-B2.
-        image_size: `(Y, X)`, only for encoders built for one size (Swin): every input is padded to
-            it, so it must hold the patch. A plain ViT needs none, its position embedding is
-            interpolated to each input.
         adjacent_slices: n, slices on each side that come as further channels: C is
             `input_channels * (1 + 2 * n)`, all slices of the first channel first.
 
@@ -74,7 +69,6 @@ class TimmSegmentationNetwork(nn.Module):
         decoder: str = "Unet",
         adaptation: Literal["full", "lora", "frozen"] = "full",
         lora_rank: int = 64,
-        image_size: tuple[int, int] | None = None,
         adjacent_slices: int = 0,
     ) -> None:
         super().__init__()
@@ -91,7 +85,6 @@ class TimmSegmentationNetwork(nn.Module):
         self.encoder_name = encoder
         self.input_channels = input_channels * (1 + 2 * adjacent_slices)
         self.adaptation = adaptation
-        self.image_size = tuple(image_size) if image_size else None
         self.model = self._smp_model(decoder, num_classes)
         if adaptation != "full":
             self.model.encoder.requires_grad_(False)
@@ -102,11 +95,8 @@ class TimmSegmentationNetwork(nn.Module):
     def _smp_model(self, decoder: str, num_classes: int) -> nn.Module:
         """Return smp's model with random weights, without layers that no output depends on."""
         plain_vit = decoder.lower() == "dpt"
-        options: dict[str, object] = {}
-        if self.image_size:
-            options["img_size"] = self.image_size
-        elif plain_vit:
-            options["dynamic_img_size"] = True
+        # A plain ViT's position embedding is interpolated to each input.
+        options = {"dynamic_img_size": True} if plain_vit else {}
         try:
             model = smp.create_model(
                 decoder,
@@ -160,7 +150,7 @@ class TimmSegmentationNetwork(nn.Module):
         ]
         self.eval()
         with torch.no_grad():
-            self(torch.zeros(1, self.input_channels, *(self.image_size or (64, 64))))
+            self(torch.zeros(1, self.input_channels, 64, 64))
         for hook in hooks:
             hook.remove()
         if uncalled := adapted.keys() - called:
@@ -195,36 +185,19 @@ class TimmSegmentationNetwork(nn.Module):
         longer than the image.
         """
         height, width = images.shape[-2:]
-        padded_height, padded_width = self._padded_size(height, width)
-        padding = (0, padded_width - width, 0, padded_height - height)
+        padding = (0, -width % COARSEST_STRIDE, 0, -height % COARSEST_STRIDE)
         if any(padding):
             images = functional.pad(images, padding, mode="replicate")
         return self.model(images)[..., :height, :width]
-
-    def _padded_size(self, height: int, width: int) -> tuple[int, int]:
-        if self.image_size is None:
-            return (
-                math.ceil(height / COARSEST_STRIDE) * COARSEST_STRIDE,
-                math.ceil(width / COARSEST_STRIDE) * COARSEST_STRIDE,
-            )
-        if height > self.image_size[0] or width > self.image_size[1]:
-            raise InputError(
-                f"The images have {height} x {width} pixels, the encoder {self.encoder_name} was "
-                f"built for {self.image_size[0]} x {self.image_size[1]}; give an image_size that "
-                "holds the patch."
-            )
-        return self.image_size
 
     def load_encoder(self, tensors: dict[str, Tensor]) -> None:
         """Copy pretrained weights, under timm's names, into the encoder; LoRA's stay as they are.
 
         A stem for another number of channels is made from the pretrained one by timm's own
-        `adapt_input_conv`; position embeddings are resampled by timm where `image_size` is given.
+        `adapt_input_conv`.
         Raises InputError, before anything is changed, where one tensor has no counterpart.
         """
         donor = timm_encoder_holding(tensors, encoder=self.encoder_name)
-        if self.image_size:
-            donor = self._resampled_donor(tensors)
         pretrained = donor.state_dict()
         if self.input_channels != 3:
             stems = donor.pretrained_cfg["first_conv"]
@@ -241,30 +214,11 @@ class TimmSegmentationNetwork(nn.Module):
             raise InputError(
                 f"{len(unmatched)} tensors of the encoder {self.encoder_name} ({few(unmatched)}) "
                 "have no counterpart of the same shape in the pretrained weights, so they would "
-                "start at random; choose another encoder, image_size or number of channels."
+                "start at random; choose another encoder or number of channels."
             )
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(pretrained[name])
-
-    def _resampled_donor(self, tensors: dict[str, Tensor]) -> nn.Module:
-        """Return timm's encoder for `image_size`; timm's own filters resample what depends on it.
-
-        They get the classifier too, if there is one: some tell a checkpoint's age by it.
-        """
-        try:
-            return timm.create_model(
-                self.encoder_name,
-                pretrained=True,
-                pretrained_cfg_overlay={"state_dict": dict(tensors)},
-                num_classes=0,
-                img_size=self.image_size,
-            )
-        except RuntimeError as error:
-            raise InputError(
-                f"timm cannot resample the weights of {self.encoder_name} to the image_size "
-                f"{self.image_size}; choose the image size of its pretraining, or another encoder."
-            ) from error
 
     def _encoder_tensors(self, donor: nn.Module) -> dict[str, Tensor]:
         """Return the encoder's own tensors, without LoRA's, by their names in timm's plain model.

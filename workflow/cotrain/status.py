@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import yaml
 
+from cotrain.cases import SPLITS
 from cotrain.errors import InputError
 from cotrain.files import read_table
 from cotrain.review import EMPTY, OUTLIVED
@@ -39,12 +40,11 @@ from cotrain.summary import (
     aligned,
     read_evaluations,
 )
-from cotrain.workfolder import may_live
+from cotrain.workfolder import content_of, may_live
 
 END_OF_LOG = 20_000
 """Bytes of a log that are read for its last error."""
 COLUMNS = ("train_2d", "pseudo_2d", "train_3d", "pseudo_3d", "test")
-SPLITS = ("labelled", "unlabelled", "test")
 AUDITS = f"{CO_TRAINED}/round-*/audit/train_?d.tsv"
 
 
@@ -141,11 +141,9 @@ def _whole_files(folder: Path, pattern: str) -> list[Path]:
 
 def _may_live(lock: Path) -> bool:
     """Return whether the process that holds a lock may be alive."""
-    try:
-        return may_live(json.loads(lock.read_text()))
-    except (FileNotFoundError, json.JSONDecodeError):
-        # Just removed, or made and not yet filled.
-        return lock.exists()
+    owner = content_of(lock)
+    # Without an owner: just removed, or made and not yet filled.
+    return lock.exists() if owner is None else may_live(owner)
 
 
 def _renewed(locks: list[Path]) -> list[float]:
@@ -285,9 +283,8 @@ def _running_line(stage: Path, folder: Path, state: State, *, logs: Path, now: f
     name = stage.relative_to(folder)
     lines = [f"  {name}: {state}"]
     for lock in _whole_files(stage / "work", "*.lock"):
-        try:
-            owner = json.loads(lock.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+        owner = content_of(lock)
+        if owner is None:
             # Just made or just removed.
             continue
         step = lock.name.removesuffix(".lock")

