@@ -78,12 +78,14 @@ epochs in all of them but `long_3d`, which gets the time of everything that co-t
 PEERS = {"mean_teacher": 0.8, "cross_pseudo": 0.5}
 """Peers trained by benchmarks/peers.py, and their 3D epochs as a share of long_3d's: what its time
 allows, with the teacher's or the second network's work in each step."""
-METHODS = [
-    Method("2D, random weights, labels only", "random_2d", "labels_only", "2d"),
+BASELINE = Method("3D, labels only", "own", "labels_only", "3d")
+MEAN_OF_LABELS = Method("mean of both, labels only", "own", "labels_only", "mean")
+BOUND = Method("3D, all labels", "full", "labels_only", "3d")
+BAR = [
     Method("2D, labels only", "own", "labels_only", "2d"),
-    Method("3D, labels only", "own", "labels_only", "3d"),
+    BASELINE,
     Method("3D, labels only, equal time", "long_3d", "labels_only", "3d"),
-    Method("mean of both, labels only", "own", "labels_only", "mean"),
+    MEAN_OF_LABELS,
     Method("mean of both, labels only, 3D for equal time", "long_3d", "labels_only", "mean"),
     Method("3D teaches itself", "self", "cotrain", "3d"),
     Method("3D, mean teacher", "mean_teacher", "cotrain", "3d"),
@@ -91,17 +93,22 @@ METHODS = [
     Method("3D taught by 2D, one way", "one_way", "cotrain", "3d"),
     Method("3D, recipe: paper", "paper", "cotrain", "3d"),
     Method("3D, co-trained in rounds only", "rounds_only", "cotrain", "3d"),
-    Method("2D, co-trained", "own", "cotrain", "2d"),
-    Method("3D, co-trained, before the last training", "own", "cotrain", "3d", back=1),
+]
+"""What the products must be above, to be worth their while: labels alone, and other ways to use the
+same unlabelled cases."""
+PRODUCTS = [
     Method("3D, co-trained", "own", "cotrain", "3d"),
     Method("mean of both, co-trained", "own", "cotrain", "mean"),
-    Method("3D, all labels", "full", "labels_only", "3d"),
 ]
-BASELINE, MEAN_OF_LABELS, BOUND = METHODS[2], METHODS[4], METHODS[-1]
-PRODUCTS = METHODS[-3:-1]
 """What a run ends with: the exported 3D network, and the mean that `cotrain predict` takes."""
-BAR = METHODS[1:6]
-"""What the products must be above, to be worth their while: all are trained on labels alone."""
+METHODS = [
+    Method("2D, random weights, labels only", "random_2d", "labels_only", "2d"),
+    *BAR,
+    Method("2D, co-trained", "own", "cotrain", "2d"),
+    Method("3D, co-trained, before the last training", "own", "cotrain", "3d", back=1),
+    *PRODUCTS,
+    BOUND,
+]
 
 
 class Data(NamedTuple):
@@ -511,7 +518,7 @@ def table_of(standings: list[Standing]) -> list[str]:
 
 
 def bar_of(standings: list[Standing], *, chosen_on: tuple[int, ...]) -> list[str]:
-    """Return the lines of a Markdown table: each product against all that labels alone give.
+    """Return the lines of a Markdown table: each product against all it must be above.
 
     chosen_on: sets whose unlabelled truth chose the settings; the others are shown apart, too.
     """

@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cotrain.batches import BatchSource, Case
-from cotrain.files import read_table, write_text
-from cotrain.nnunet import Planned, arrays_of
+from cotrain.batches import BatchSource
+from cotrain.files import write_text
+from cotrain.nnunet import Planned
 from cotrain.settings import Network2D, Network3D, PlanStage, TrainStage, as_yaml, load
-from cotrain.training import Trainer
+from cotrain.training import Trainer, labelled_cases
 
 MONAI = Path(__file__).parents[1] / "config" / "networks" / "monai_networks.py"
 NETWORKS: dict[str, tuple[str, dict]] = {
@@ -88,10 +88,7 @@ def measure(experiment: Path, name: str, steps: int, patch_size: list[int]) -> d
         source = BatchSource(
             planned,
             network,
-            labelled=[
-                Case(case, arrays_of(experiment / "preprocessed/labelled", case))
-                for case in read_table(experiment / "cases/labelled.tsv")["case"]
-            ],
+            labelled=labelled_cases(experiment / "cases/labelled.tsv", experiment / "preprocessed"),
             unlabelled=[],
             counts=np.zeros((1, steps), dtype=int),
             seed=0,

@@ -34,7 +34,7 @@ from cotrain.masks import write_soft
 from cotrain.nnunet import Planned, arrays_of
 from cotrain.schedule import Window
 from cotrain.settings import TrainStage, load
-from cotrain.training import Trainer
+from cotrain.training import Trainer, labelled_cases
 
 NOISE = 0.1
 """Standard deviation of the noise on what a mean teacher sees; images are normalised to 1."""
@@ -147,10 +147,7 @@ def train(arguments: argparse.Namespace) -> Path:
     trainer = PEERS[arguments.peer](planned, "3d", stage)
     window = Window(0, arguments.epochs, "cotraining", 0, arguments.epochs)
     trainer.begin(window)
-    labelled = [
-        Case(case, arrays_of(preprocessed / "labelled", case))
-        for case in read_table(experiment / "cases" / "labelled.tsv")["case"]
-    ]
+    labelled = labelled_cases(experiment / "cases" / "labelled.tsv", preprocessed)
     unlabelled = blank_masks(
         list(read_table(experiment / "cases" / "unlabelled.tsv")["case"]),
         preprocessed,

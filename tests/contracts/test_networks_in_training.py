@@ -1,6 +1,7 @@
 """One contract for every network that trains: resumed to the last bit, inferred, exported.
 
-A new network is one line in NETWORKS.
+A new network is an entry in ENCODERS here or in OTHER_NETWORKS_3D of conftest.py, and its name in
+NETWORKS.
 """
 
 import json

@@ -135,7 +135,7 @@ def test_the_page_on_settings_has_every_setting():
 
 
 def test_the_pause_between_looks_at_a_clusters_jobs_is_the_executors_own_method():
-    """The Snakefile exchanges it: `look_at_jobs_as_often_as_asked` in common.smk."""
+    """The Snakefile exchanges it: `look_at_jobs_as_often_as_asked` in command.smk."""
     source = inspect.getsource(RemoteExecutor._wait_for_jobs)
     assert source.count("await self.sleep()") == 1
     assert inspect.iscoroutinefunction(RemoteExecutor.sleep)
@@ -143,7 +143,7 @@ def test_the_pause_between_looks_at_a_clusters_jobs_is_the_executors_own_method(
 
 
 def test_jobs_in_the_queue_are_called_what_their_command_notes():
-    """`take_over_from_a_dead_command` in common.smk notes the executor's `run_uuid`."""
+    """`take_over_from_a_dead_command` in command.smk notes the executor's `run_uuid`."""
     assert "--job-name {safe_quote(params.run_uuid)}" in inspect.getsource(submit_string)
     assert '"run_uuid": self.run_uuid,' in inspect.getsource(Executor.run_job)
     assert '"run_uuid": self.run_uuid,' in inspect.getsource(Executor.run_array_jobs)

@@ -48,7 +48,11 @@ def images_and_labels(
 def images_of(
     images: Iterable[str | Path], *, channel_suffixes: Sequence[str]
 ) -> dict[str, list[str]]:
-    """Return case -> absolute paths of its channels, of all images in some folders."""
+    """Return case -> absolute paths of its channels, of all images in some folders.
+
+    Raises InputError where names look like nnU-Net's and no suffixes are given, or a channel of a
+    case is missing.
+    """
     image_files = _nifti_files(images)
     if channel_suffixes:
         return _channels_of_cases(image_files, channel_suffixes)

@@ -201,7 +201,10 @@ def check_network_3d(planned: Planned, wanted: Network3D) -> None:
 
 
 def plan(stage: PlanStage, cases: list[dict], out_dir: Path, *, jobs: int) -> None:
-    """Write plans.json, dataset.json and dataset_fingerprint.json into `out_dir`."""
+    """Write plans.json, dataset.json and dataset_fingerprint.json into `out_dir`.
+
+    Raises InputError where the networks that were asked for do not fit the data.
+    """
     from nnunetv2.experiment_planning.plan_and_preprocess_api import (
         extract_fingerprints,
         plan_experiments,

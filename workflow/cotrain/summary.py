@@ -151,7 +151,10 @@ def read_curves(paths: list[Path]) -> dict[tuple[str, str], pd.DataFrame]:
 
 
 def read_audits(paths: list[Path]) -> dict[Trained, Teaching]:
-    """Return what taught each network in each round, from `audit/train_<network>.tsv` tables."""
+    """Return what taught each network in each round, from `audit/train_<network>.tsv` tables.
+
+    Raises InputError where a path is another one, or a table does not say what was accepted.
+    """
     teachings = {}
     for path in paths:
         trained = trained_from_stage(path, file="audit/train_<network>.tsv")

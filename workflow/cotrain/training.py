@@ -174,7 +174,10 @@ class Trainer:
             torch.save(content, opened)
 
     def load(self, path: Path) -> None:
-        """Continue from a checkpoint of `save`; `start` must have been called."""
+        """Continue from a checkpoint of `save`; `start` must have been called.
+
+        Raises InputError where it is the other network's.
+        """
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["network_name"] != self.network_name:
             raise InputError(
@@ -405,15 +408,19 @@ def _epochs(
     )
 
 
-def cases_of(arguments: argparse.Namespace) -> tuple[list[Case], list[Case]]:
+def cases_to_learn_from(arguments: argparse.Namespace) -> tuple[list[Case], list[Case]]:
     """Return the labelled cases, and the unlabelled ones that the audit accepts."""
-    labelled = [
-        Case(name, arrays_of(arguments.preprocessed / "labelled", name))
-        for name in read_table(arguments.labelled)["case"]
-    ]
+    labelled = labelled_cases(arguments.labelled, arguments.preprocessed)
     if arguments.audit is None:
         return labelled, []
     return labelled, accepted_cases(arguments.audit, arguments.preprocessed)
+
+
+def labelled_cases(table: Path, preprocessed: Path) -> list[Case]:
+    """Return the cases of a table of labelled ones, in its order."""
+    return [
+        Case(name, arrays_of(preprocessed / "labelled", name)) for name in read_table(table)["case"]
+    ]
 
 
 def accepted_cases(audit: Path, preprocessed: Path) -> list[Case]:
@@ -546,7 +553,7 @@ def _train_round(
     workers: int,
     inputs: list[Path],
 ) -> None:
-    cases = labelled, unlabelled = cases_of(arguments)
+    cases = labelled, unlabelled = cases_to_learn_from(arguments)
     batch_size = planned.configuration(arguments.network).batch_size
     least = stage.cotraining.sampling.min_labelled_per_batch
     if unlabelled and least >= batch_size:

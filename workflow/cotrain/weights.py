@@ -149,7 +149,10 @@ def check_encoder(encoder: str) -> None:
 
 
 def packaged_weights(encoder: str) -> Path:
-    """Return the path of the weights file that an installed package holds for `encoder`."""
+    """Return the path of the weights file that an installed package holds for `encoder`.
+
+    Raises InputError where there is none.
+    """
     architecture = encoder.partition(".")[0]
     if architecture not in PACKAGES:
         raise InputError(
@@ -168,7 +171,10 @@ def packaged_weights(encoder: str) -> Path:
 
 
 def weights_from_hub(encoder: str) -> dict[str, Tensor]:
-    """Return the tensors that timm's own hub has for `encoder`, classifier included."""
+    """Return the tensors that timm's own hub has for `encoder`, classifier included.
+
+    Raises InputError where it has none or cannot be reached.
+    """
     if not timm.is_model_pretrained(encoder):
         raise InputError(
             f"timm has no pretrained weights for {encoder!r}; choose an encoder or a tag that "

@@ -4,7 +4,6 @@ Everything here is looked up by the wildcard {experiment}, and rounds are text (
 in the paths. A network is *taught* in a round where it also learns from masks of unlabelled cases.
 """
 
-import asyncio
 import hashlib
 import json
 import os
@@ -15,10 +14,8 @@ import pandas as pd
 from cotrain.cases import SPLITS, cases_of, read_cases
 from cotrain.errors import InputError
 from cotrain.experiments import experiments_of
-from cotrain.files import write_json
 from cotrain.review import masks_of, read_review
 from cotrain.settings import as_yaml, check
-from cotrain.takeover import take_over
 from snakemake.exceptions import WorkflowError
 
 
@@ -102,29 +99,6 @@ def checked_reviews():
                     "unheard."
                 )
     return reviews
-
-
-def remember_what_was_read():
-    """Write the settings, and the rows of the case and review tables, for this command's jobs.
-
-    A cluster's jobs read the Snakefile again, when a person may be editing these files: a row half
-    typed would fail all that start, and fewer cases or more shards would share them out anew.
-    """
-    read = {
-        experiment: {
-            "settings": settings.model_dump(mode="json"),
-            "group": GROUPS.get(experiment),
-            "cases": {
-                split: rows.to_dict("list") for split, rows in CASES[experiment].items()
-            },
-            "review": REVIEWS[experiment],
-        }
-        for experiment, settings in SETTINGS.items()
-    }
-    path = Path(".snakemake", f"read-{config['experiment']}.json").absolute()
-    write_json(read, path)
-    # Jobs do not go by the name alone: what lies there may be from an earlier command.
-    os.environ.update(COTRAIN_READ=str(path))
 
 
 def remembered(path):
@@ -458,35 +432,6 @@ def corrected_masks_for(wildcards):
     ]
 
 
-def say_what_is_easily_missed():
-    """Warn of settings that are allowed and hardly meant, before anything is computed."""
-    for experiment, settings in SETTINGS.items():
-        scheduled = settings.cotraining.schedule_rounds
-        if settings.rounds < scheduled:
-            logger.warning(
-                f"{experiment}: the rate anneals to 0 over {scheduled} rounds "
-                f"(cotraining.schedule_rounds), but only {settings.rounds} are run (rounds)."
-            )
-        if not REVIEWS[experiment]:
-            continue
-        heard = {
-            folder
-            for network, round in trained_in(experiment, all_rounds_of(experiment))
-            if is_taught(experiment, "cotrain", network, round)
-            for folder in mask_sets_heard(experiment, network, round)
-        }
-        for row in REVIEWS[experiment]:
-            if mask_set_judged(experiment, row) not in heard:
-                logger.warning(
-                    f"{settings.review}: the verdict on {row['masks']} of {row['case']} in round "
-                    f"{row['round']} changes nothing, because these masks teach no network."
-                )
-
-
-if workflow.is_main_process:
-    say_what_is_easily_missed()
-
-
 # ------------------------------------------------------------------------------- evaluation
 
 
@@ -627,47 +572,6 @@ def everything_asked_for(wildcards):
     if GROUPS:
         files += expand(rules.compare.output, comparison=config["experiment"])
     return files
-
-
-def folders_to_make(experiment):
-    """Return the folders in which this command will make files: what is there now is outdated."""
-    return sorted(
-        {
-            os.path.dirname(path)
-            for job in workflow.dag.needrun_jobs()
-            for path in job.output
-            if path.startswith(f"results/{experiment}/")
-        }
-    )
-
-
-def take_over_from_a_dead_command():
-    """Refuse to run beside a living command; cancel what a dead one left in the cluster's queue."""
-    names = [*SETTINGS, *([config["experiment"]] if GROUPS else [])]
-    # What the SLURM plugin calls all jobs of this command; a local executor has none.
-    run = getattr(workflow.scheduler._executor, "run_uuid", "")
-    try:
-        take_over(
-            {name: folders_to_make(name) for name in names},
-            run=run,
-            say=logger.warning,
-        )
-    except InputError as error:
-        raise WorkflowError(str(error)) from None
-
-
-def look_at_jobs_as_often_as_asked():
-    """Let --seconds-between-status-checks bound the pause between two looks at a cluster's jobs.
-
-    Version 2.8.0 of the SLURM plugin waits 10 s longer each time, up to 180 s, whatever that option
-    says (its issue 319), so that the end of each step of a round is noticed late.
-    """
-    if workflow.executor_plugin.common_settings.non_local_exec:
-        executor = workflow.scheduler._executor
-        longest = workflow.remote_execution_settings.seconds_between_status_checks
-        executor.sleep = lambda: asyncio.sleep(
-            min(longest, executor.next_seconds_between_status_checks)
-        )
 
 
 def compared_scores(wildcards):
