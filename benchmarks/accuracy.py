@@ -92,6 +92,7 @@ BAR = [
     Method("two 3D, cross pseudo supervision", "cross_pseudo", "cotrain", "3d"),
     Method("3D taught by 2D, one way", "one_way", "cotrain", "3d"),
     Method("3D, recipe: paper", "paper", "cotrain", "3d"),
+    Method("mean of both, recipe: paper", "paper", "cotrain", "mean"),
     Method("3D, co-trained in rounds only", "rounds_only", "cotrain", "3d"),
 ]
 """What the products must be above, to be worth their while: labels alone, and other ways to use the
