@@ -244,8 +244,9 @@ def test_whoever_accepts_a_source_has_not_accepted_an_empty_mean(masks, tiny, tm
         audited = audit_row(made, row, judged, mean, tiny.settings.labels)
         return audited["accepted"], audited["reason"]
 
-    assert accepted("pseudo_2d") == ("false", "accept by a reader 2025-01-01; the mask is empty")
-    assert accepted("teacher_3d") == ("true", "accept by a reader 2025-01-01")
+    judged = "accept by a reader 2025-01-01"
+    assert accepted("pseudo_2d") == ("false", f"the mask is empty ({judged}: one of its sources)")
+    assert accepted("teacher_3d") == ("true", judged)
 
 
 @pytest.mark.parametrize(

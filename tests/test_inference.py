@@ -432,6 +432,10 @@ def test_prediction_replaces_neither_an_image_nor_a_corrected_mask(
     # What was handed over is known by its table, too: the steps may be removed.
     shutil.rmtree(tmp_path / "steps")
     check_replaces_nothing([*cases, "new"], tmp_path)
+    sure.drop(columns="mask_sha256").to_csv(tmp_path / "confidence.tsv", sep="\t", index=False)
+    with pytest.raises(InputError, match=rf"{cases[0]}\.nii\.gz and 3 more would be replaced"):
+        check_replaces_nothing(cases, tmp_path)
+    sure.to_csv(tmp_path / "confidence.tsv", sep="\t", index=False)
     shutil.copy(tiny.rows("unlabelled")[0]["image"], tmp_path / "new.nii.gz")
     with pytest.raises(InputError, match=r"new\.nii\.gz would be replaced .* another --out-dir"):
         check_replaces_nothing([*cases, "new"], tmp_path)

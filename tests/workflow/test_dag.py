@@ -652,6 +652,24 @@ def test_a_corrected_file_is_not_forgotten_where_a_run_ended_after_its_list(
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+def test_what_may_be_removed_is_missed_only_by_a_later_change(finished: Path):
+    """What results/README.md says under "When you are done"."""
+    results = finished / "results/tiny"
+    for split in ("labelled", "unlabelled", "test"):
+        shutil.rmtree(results / "preprocessed" / split)
+    ended = {
+        results / f"cotrain/round-01/train_{network}/checkpoint.pth" for network in ("2d", "3d")
+    }
+    others = set(results.glob("*/round-*/train_*/checkpoint.pth")) - ended
+    assert others
+    for checkpoint in others:
+        checkpoint.unlink()
+    assert planned(finished).jobs == {}
+    later = planned(finished, rounds=3)
+    assert later.jobs["preprocess"] >= 3
+    assert {"cotrain/round-02/train_2d", "cotrain/round-02/train_3d"} <= later.trained()
+
+
 def test_an_added_test_case_retrains_nothing(finished: Path):
     (finished / "more.nii.gz").touch()
     with open(finished / "cases.tsv", "a") as table:

@@ -170,7 +170,7 @@ def audit_row(
                 reason += "; the corrected mask is empty, and teaches that nothing is there"
         elif is_empty and accepted and masks_of(verdict) != set_in(masks):
             # Who accepts one of its sources has not seen that the mean is empty.
-            accepted, reason = False, f"{reason}; {EMPTY}"
+            accepted, reason = False, f"{EMPTY} ({reason}: one of its sources)"
     elif is_empty:
         accepted, reason = False, EMPTY
     truth_dice = ""

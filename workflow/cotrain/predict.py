@@ -108,7 +108,7 @@ def check_replaces_nothing(cases: Iterable[str], out_dir: Path) -> None:
     handed_over = out_dir / "confidence.tsv"
     if handed_over.is_file():
         noted += read_table(handed_over).to_dict("records")
-    made = {(row["case"], row["mask_sha256"]) for row in noted}
+    made = {(row.get("case"), row.get("mask_sha256")) for row in noted}
     files = {case: out_dir / f"{case}.nii.gz" for case in cases}
     others = [
         file

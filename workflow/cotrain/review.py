@@ -16,7 +16,7 @@ COLUMNS = ["case", "round", "masks", "verdict", "mask"]
 MASKS = ("pseudo_2d", "pseudo_3d", "teacher_2d", "teacher_3d")
 VERDICTS = ("accept", "exclude", "replace")
 EMPTY = "the mask is empty"
-"""What an audit says of a mask that does not teach though nobody judged it."""
+"""What an audit says of an empty mask that does not teach, as nobody accepted that very mask."""
 OUTLIVED = "given on an earlier mask of this case, look again"
 """What an audit says of a verdict whose mask was made anew since."""
 

@@ -20,4 +20,5 @@ def remove_manifests_beyond(shards: int, folder: Path) -> None:
     """Remove the manifests that a run with more shards has left in a folder."""
     for manifest in folder.glob("manifest-*.tsv"):
         if int(manifest.stem.removeprefix("manifest-")) >= shards:
-            manifest.unlink()
+            # Another shard may be at it, too.
+            manifest.unlink(missing_ok=True)
