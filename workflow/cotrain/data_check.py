@@ -8,7 +8,6 @@ from there as long as the files have the same size and time of change.
 """
 
 import argparse
-import base64
 import hashlib
 import html
 import io
@@ -40,7 +39,7 @@ from cotrain.nifti import (
     spacing_mm,
     voxel_volume_ml,
 )
-from cotrain.pictures import along_patient_axes, colour_of, thumbnail
+from cotrain.pictures import along_patient_axes, colour_of, data_address, thumbnail
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -129,7 +128,7 @@ def examined(task: tuple[dict[str, str], bool], *, labels: Mapping[str, int]) ->
         if wants_picture:
             shown = values if case.split == "labelled" else np.zeros(array.shape, np.uint8)
             image, mask = (along_patient_axes(each, affine) for each in (array, shown))
-            case.picture = _address(thumbnail(image, mask.array))
+            case.picture = data_address(thumbnail(image, mask.array))
     return case
 
 
@@ -557,12 +556,7 @@ def _png(figure: "Figure") -> str:
     """Return a figure as a data address, so that the page needs no other file."""
     stored = io.BytesIO()
     figure.savefig(stored, format="png")
-    return _address(stored.getvalue())
-
-
-def _address(png: bytes) -> str:
-    """Return a PNG as a data address."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    return data_address(stored.getvalue())
 
 
 def _axes_in_ras_order(affine: np.ndarray) -> list[int]:

@@ -25,10 +25,10 @@ from torch import nn
 
 from cotrain.device import arrange_for_cpu, autocast, device_of, precision_of
 from cotrain.errors import InputError
-from cotrain.files import read_table, sha256_of, write_table, write_text
+from cotrain.files import read_table, sha256_of, write_table
 from cotrain.masks import MANIFEST_COLUMNS, labels_on_image_grid, quantised, write_mask
 from cotrain.nnunet import Planned, arrays_of
-from cotrain.provenance import write_provenance
+from cotrain.provenance import keep_provenance
 from cotrain.settings import Inference, InferStage, Section, load
 from cotrain.shards import remove_manifests_beyond, shard_of
 from cotrain.slices import patch_of, slices_of
@@ -272,17 +272,16 @@ def make_mask_set(
             print(_line_of(made, done=number, total=len(rows)), end="", flush=True)
             left = work.report(number, len(rows), "cases")
             print(f"  {left:.0f} s left", flush=True)
-        # A step that Snakemake had repeated, with no case missing, is still what it was made by.
-        if missing or not provenance.is_file():
-            write_provenance(
-                provenance,
-                settings=settings,
-                seed=None,
-                inputs=inputs,
-                cpu_seconds_before=work.cpu_seconds_before,
-                **facts,
-            )
-        write_text(provenance.read_text(), arguments.out_dir / f"provenance-{arguments.shard}.json")
+        keep_provenance(
+            provenance,
+            arguments.out_dir / f"provenance-{arguments.shard}.json",
+            is_repeat=not missing,
+            settings=settings,
+            seed=None,
+            inputs=inputs,
+            cpu_seconds_before=work.cpu_seconds_before,
+            **facts,
+        )
         # In the order of the cases, even where one in their midst was made again.
         place = {row["case"]: number for number, row in enumerate(rows)}
         manifest.sort(key=lambda made: place[made["case"]])

@@ -344,9 +344,13 @@ def _cell(content: str, *, kind: str = "") -> str:
 
 def _picture(png: bytes, case: str) -> str:
     width = round(THUMBNAIL_INCHES * THUMBNAIL_DPI)
-    encoded = base64.b64encode(png).decode()
     alternative = f"three slices of {html.escape(case)}"
-    return f'<img width="{width}" alt="{alternative}" src="data:image/png;base64,{encoded}">'
+    return f'<img width="{width}" alt="{alternative}" src="{data_address(png)}">'
+
+
+def data_address(png: bytes) -> str:
+    """Return a PNG as an address that holds it, so that a page needs no other file."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _percent(share: str) -> str:

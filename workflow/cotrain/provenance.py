@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cotrain import __version__
-from cotrain.files import sha256_of, write_json
+from cotrain.files import sha256_of, write_json, write_text
 from cotrain.settings import Section
 
 PACKAGES = (
@@ -89,3 +89,14 @@ def write_provenance(
         },
         path,
     )
+
+
+def keep_provenance(kept: Path, path: Path, *, is_repeat: bool, **provenance: object) -> None:
+    """Write a step's provenance to `path`, as `write_provenance` does, and keep it in `kept`.
+
+    is_repeat: nothing was left to do, as Snakemake had a finished step repeated. It is still what
+    it was made by, and gets the provenance that was kept.
+    """
+    if not (is_repeat and kept.is_file()):
+        write_provenance(kept, **provenance)
+    write_text(kept.read_text(), path)

@@ -29,10 +29,10 @@ from cotrain.audit import learnt_from
 from cotrain.batches import STREAMS, BatchSource, Case, batches, seed_everything
 from cotrain.device import arrange_for_cpu, autocast, device_of, devices_of, precision_of
 from cotrain.errors import InputError
-from cotrain.files import read_table, sha256_of, write_atomically, write_text
+from cotrain.files import read_table, sha256_of, write_atomically
 from cotrain.losses import DiceAndSoftCrossEntropy
 from cotrain.nnunet import Planned, arrays_in, arrays_of, manifests_of
-from cotrain.provenance import write_provenance
+from cotrain.provenance import keep_provenance
 from cotrain.schedule import Schedule, Window
 from cotrain.settings import TrainStage, load
 from cotrain.team import Place, team
@@ -612,26 +612,25 @@ def _train_round(
                 left = work.report(done, total, "epochs", loss=loss, before_leaving=kept.save)
                 print(f"  {_duration(left)} left", flush=True)
     write_table_of_curve(trainer.curve, arguments.out_dir / "curve.csv")
-    # A step that Snakemake had repeated, with nothing left to train, is still what it was made by.
-    if not (had_all and provenance.is_file()):
-        write_provenance(
-            provenance,
-            settings=stage,
-            seed=stage.seed,
-            inputs=inputs,
-            cpu_seconds_before=work.cpu_seconds_before,
-            network=arguments.network,
-            arm=arguments.arm,
-            round=arguments.round,
-            device=str(trainer.device),
-            precision=trainer.precision,
-            threads=arguments.threads,
-            labelled=[case.name for case in labelled],
-            pseudo_labelled=[c.name for c in unlabelled],
-            parameters=parameters,
-            weights_hash=weights_hash(trainer.deployed),
-        )
-    write_text(provenance.read_text(), arguments.out_dir / "provenance.json")
+    keep_provenance(
+        provenance,
+        arguments.out_dir / "provenance.json",
+        is_repeat=had_all,
+        settings=stage,
+        seed=stage.seed,
+        inputs=inputs,
+        cpu_seconds_before=work.cpu_seconds_before,
+        network=arguments.network,
+        arm=arguments.arm,
+        round=arguments.round,
+        device=str(trainer.device),
+        precision=trainer.precision,
+        threads=arguments.threads,
+        labelled=[case.name for case in labelled],
+        pseudo_labelled=[c.name for c in unlabelled],
+        parameters=parameters,
+        weights_hash=weights_hash(trainer.deployed),
+    )
     # The declared output comes last: when it is there, the round is whole. The same bytes stay in
     # the working folder: should Snakemake die now and delete the output, the rerun takes seconds.
     work.insist()
