@@ -67,15 +67,16 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     "self": {
         "cotraining.teacher": "self",
         "cotraining.first_teacher": "both_labels_only",
-        "training_3d.warmup_epochs": "{per_round}",
+        "training_3d.warmup_epochs": "{epochs}",
     },
     "random_2d": {"network_2d.weights": "random"},
     "long_3d": {"training_3d.epochs_per_round": "{long}", "cotraining.last_epochs": "0"},
     "full": {},
 }
 """Settings in which an experiment differs from the configuration file. The 3D network has as many
-epochs in all of them but `long_3d`, which gets the time of everything that co-training computes."""
-PEERS = {"mean_teacher": 0.8, "cross_pseudo": 0.5}
+epochs in all of them but two: `long_3d` gets the time of everything that co-training computes, and
+`self`, whose teacher is the network on labels alone after all its epochs, about as much."""
+PEERS = {"mean_teacher": 0.94, "cross_pseudo": 0.48}
 """Peers trained by benchmarks/peers.py, and their 3D epochs as a share of long_3d's: what its time
 allows, with the teacher's or the second network's work in each step."""
 BASELINE = Method("3D, labels only", "own", "labels_only", "3d")
@@ -89,7 +90,8 @@ BAR = [
     Method("mean of both, labels only, 3D for equal time", "long_3d", "labels_only", "mean"),
     Method("3D teaches itself", "self", "cotrain", "3d"),
     Method("3D, mean teacher", "mean_teacher", "cotrain", "3d"),
-    Method("two 3D, cross pseudo supervision", "cross_pseudo", "cotrain", "3d"),
+    Method("3D, cross pseudo supervision with another 3D", "cross_pseudo", "cotrain", "3d"),
+    Method("mean of two 3D, cross pseudo supervision", "cross_pseudo", "cotrain", "mean"),
     Method("3D taught by 2D, one way", "one_way", "cotrain", "3d"),
     Method("3D, recipe: paper", "paper", "cotrain", "3d"),
     Method("mean of both, recipe: paper", "paper", "cotrain", "mean"),
@@ -125,7 +127,7 @@ class Data(NamedTuple):
 
 DATA = {
     "left_atrium": Data(
-        "Left atrium", "config/left_atrium_4.yaml", "config/cases/left_atrium_4.tsv", 0.51
+        "Left atrium", "config/left_atrium_4.yaml", "config/cases/left_atrium_4.tsv", 0.475
     ),
     "hippocampus": Data(
         "Hippocampus", "config/hippocampus_4.yaml", "config/cases/hippocampus_4.tsv", 0.39
@@ -191,6 +193,7 @@ def experiments_of(
     epochs = epochs_of_3d(own)
     numbers = {
         "spread": round(epochs / own.rounds),
+        "epochs": epochs,
         "per_round": own.training_3d.epochs_per_round,
         "after_warmup": round((epochs - own.training_3d.epochs_per_round) / (own.rounds - 1)),
         "long": round(epochs / DATA[data].share_of_3d / own.rounds),
@@ -318,23 +321,29 @@ def run_peers(
     """Train and score the peers that are missing or outdated on a labelled set, side by side."""
     own = settings.get((*place, "own"))
     running = []
-    for method in peers:
-        name = settings[*place, method.experiment].experiment
-        scores = CLONE / evaluation_of(method, settings[*place, method.experiment])
-        epochs = round(PEERS[method.experiment] * epochs_of_3d(own) / DATA[data].share_of_3d)
+    for peer in dict.fromkeys(method.experiment for method in peers):
+        results = CLONE / "results" / settings[*place, peer].experiment
+        scores = {
+            method.network: CLONE / evaluation_of(method, settings[*place, peer])
+            for method in peers
+            if method.experiment == peer
+        }
+        epochs = round(PEERS[peer] * epochs_of_3d(own) / DATA[data].share_of_3d)
         used = ["preprocessed/plans.json", "settings/train_3d.yaml", "settings/infer.yaml"]
         used += [f"cases/{split}.tsv" for split in ("labelled", "unlabelled", "test")]
         made_of = {each: sha256_of(CLONE / "results" / own.experiment / each) for each in used}
-        made_of["epochs"] = epochs
-        note = CLONE / "results" / name / "made_of.json"
-        if scores.is_file() and note.is_file() and json.loads(note.read_text()) == made_of:
+        made_of |= {"peers.py": sha256_of(CLONE / "benchmarks" / "peers.py"), "epochs": epochs}
+        note = results / "made_of.json"
+        is_made = all(each.is_file() for each in scores.values()) and note.is_file()
+        if is_made and json.loads(note.read_text()) == made_of:
             continue
-        scores.unlink(missing_ok=True)
+        for each in scores.values():
+            each.unlink(missing_ok=True)
         write_json(made_of, note)
         command = [sys.executable, CLONE / "benchmarks" / "peers.py"]
-        command += ["--peer", method.experiment, "--epochs", epochs, "--scores", scores]
-        command += ["--experiment", CLONE / "results" / own.experiment]
-        command += ["--out-dir", CLONE / "results" / name]
+        command += ["--peer", peer, "--epochs", epochs, "--scores", scores["3d"]]
+        command += ["--scores-of-mean", scores["mean"]] if "mean" in scores else []
+        command += ["--experiment", CLONE / "results" / own.experiment, "--out-dir", results]
         command += ["--labels", *(f"{label}={value}" for label, value in own.labels.items())]
         running.append(subprocess.Popen([str(word) for word in command], cwd=CLONE))
     if any([process.wait() for process in running]):

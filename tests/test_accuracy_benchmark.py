@@ -9,9 +9,11 @@ import nibabel
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from cotrain.errors import InputError
 from cotrain.files import read_table, write_table
+from cotrain.nnunet import Planned
 from cotrain.schedule import Schedule
 from cotrain.summary import read_evaluations
 
@@ -98,7 +100,7 @@ def test_all_experiments_are_valid_settings_on_the_same_cases_and_seed(
 
 
 @pytest.mark.parametrize("data", ["left_atrium", "hippocampus"])
-def test_3d_has_as_many_epochs_in_all_experiments_but_the_long_one(
+def test_3d_has_as_many_epochs_in_all_experiments_but_those_of_equal_time(
     accuracy, data, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(CLONE)
@@ -108,10 +110,12 @@ def test_3d_has_as_many_epochs_in_all_experiments_but_the_long_one(
         stage = each.stages()["train_last"]
         schedule = Schedule("3d", stage.training, stage.cotraining, stage.last_round)
         epochs[name] = schedule.window(accuracy.last_round_of(each)).stop
-    long = epochs.pop("long_3d")
+    long, alone = epochs.pop("long_3d"), epochs.pop("self")
     assert max(epochs.values()) - min(epochs.values()) <= 2
     share = accuracy.DATA[data].share_of_3d
     assert long == pytest.approx(epochs["own"] / share, abs=2)
+    # The first teacher has had all epochs; the rest of the time is for its masks and their rounds.
+    assert epochs["own"] < alone < long
 
 
 def test_every_method_belongs_to_an_experiment_that_can_be_run(accuracy):
@@ -264,6 +268,31 @@ def test_sets_that_only_one_method_has_are_not_compared(accuracy, stored):
     assert "| 35 % |" in accuracy.table_of(accuracy.standings_of(only))[3]
 
 
+def test_a_peer_learns_labels_in_full_and_targets_by_a_weight_that_rises():
+    peers = script("peers")
+    loss = peers.Mixed(
+        lambda scales, target: 10 * (scales[0] - target).abs().sum() + len(scales),
+        lambda logits, target: (logits - target).abs().sum(),
+    )
+    fine, coarse = torch.tensor([[[1.0]], [[2.0]], [[4.0]]]), torch.zeros(3, 1, 1)
+    loss.labelled, loss.weight = 1, 0.5
+    # Labelled: 10 x |1 - 0| at two scales; unlabelled: (|2 - 0| + |4 - 1|) / 2 at the finest.
+    assert loss([fine, coarse], torch.tensor([[[0.0]], [[0.0]], [[1.0]]])) == 12 + 2.5
+    loss.labelled = 3
+    assert loss(fine, fine) == 1
+    assert peers.ramp(1) == peers.WEIGHT
+    assert peers.ramp(0) == pytest.approx(0.2 * 0.006738, rel=1e-3)
+
+
+def test_two_networks_that_teach_each_other_start_apart(tiny):
+    peers = script("peers")
+    planned = Planned.read(tiny.preprocessed)
+    trainer = peers.CrossPseudo(planned, "3d", tiny.settings.stages()["train_3d"])
+    trainer.begin(None)
+    pairs = zip(trainer.network.parameters(), trainer.partner.network.parameters(), strict=True)
+    assert any(not torch.equal(mine, theirs) for mine, theirs in pairs)
+
+
 @pytest.mark.parametrize("peer", ["mean_teacher", "cross_pseudo"])
 def test_a_peer_learns_without_any_mask_on_disk_and_is_scored(peer, tiny, tmp_path, monkeypatch):
     experiment = tmp_path / "results" / "own"
@@ -275,12 +304,16 @@ def test_a_peer_learns_without_any_mask_on_disk_and_is_scored(peer, tiny, tmp_pa
     for stage in ("train_3d", "infer"):
         tiny.stage(stage, experiment / "settings")
     scores = tmp_path / "evaluation" / "cotrain_3d_round-02.tsv"
+    of_mean = (
+        [tmp_path / "evaluation" / "cotrain_mean_round-02.tsv"] if peer == "cross_pseudo" else []
+    )
     words = ["peers.py", "--peer", peer, "--experiment", experiment, "--epochs", "16"]
+    words += ["--scores-of-mean", *of_mean] if of_mean else []
     words += ["--labels", "shell=1", "core=2", "--scores", scores, "--out-dir", tmp_path / "peer"]
     monkeypatch.setattr("sys.argv", [str(word) for word in words])
     assert script("peers").main() == 0
-    (made,) = read_evaluations([scores]).values()
-    assert len(made) == 2
-    # Far from good after 128 batches, but a network that has learnt.
-    assert made["dice"].mean() > 0.5
+    for made in read_evaluations([scores, *of_mean]).values():
+        assert len(made) == 2
+        # Far from good after 128 batches, but a network that has learnt.
+        assert made["dice"].mean() > 0.5
     assert float((tmp_path / "peer" / "minutes.txt").read_text()) > 0
