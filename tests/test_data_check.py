@@ -163,6 +163,24 @@ def test_sound_files_are_opened_once_and_changed_ones_again(data, capsys):
         assert opened() == "checked 1/1"
 
 
+def test_a_killed_check_goes_on_with_the_files_it_has_not_opened(data, capsys, monkeypatch):
+    examined = data_check.examined
+
+    def killed_at_the_fourth(task, *, labels):
+        if task[0]["case"] == "case3":
+            raise KeyboardInterrupt
+        return examined(task, labels=labels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data_check, "SECONDS_BETWEEN_SAVES", -1)
+        patch.setattr(data_check, "examined", killed_at_the_fourth)
+        with pytest.raises(KeyboardInterrupt):
+            data.check()
+    capsys.readouterr()
+    data.check()
+    assert "checked 3/3 cases" in capsys.readouterr().err
+
+
 def test_the_dataset_table_holds_geometry_intensities_and_volumes(data):
     table = read_table(data.check() / "dataset.tsv")
     first = table.loc[0]
@@ -242,6 +260,17 @@ def test_a_value_of_no_label_is_named_with_the_known_ones(data):
     assert "background=0, liver=1, tumour=2" in message
 
 
+def test_an_image_given_as_a_label_is_one_problem(data):
+    image = np.arange(np.prod(SHAPE), dtype=np.int16).reshape(SHAPE) % 500
+    data.write_label("case3", image)
+    lines = data.error().splitlines()
+    # Of 0 to 499 three are background and labels.
+    assert (
+        "case3_label.nii.gz holds 497 values that are no label, such as 3, 4, 5; is it" in lines[1]
+    )
+    assert len(lines) == 2
+
+
 def test_a_label_in_no_labelled_case_is_refused(data):
     for case in ("case0", "case1"):
         data.write_label(case, np.minimum(data.label(), 1))
@@ -252,7 +281,7 @@ def test_an_unreadable_label_does_not_make_a_label_missing(data):
     data.write_label("case0", np.minimum(data.label(), 1))
     (data.folder / "case1_label.nii.gz").write_bytes(b"")
     message = data.error()
-    assert message.startswith("1 problems")
+    assert message.startswith("1 problem in")
     assert "case1_label.nii.gz cannot be read" in message
 
 
@@ -273,7 +302,7 @@ def test_channels_must_share_a_grid(data):
         nibabel.save(nibabel.Nifti1Image(array, affine_of(spacing)), data.folder / second)
         data.rows[index] = (case, f"{image};{second}", *rest)
     message = data.error()
-    assert message.startswith("1 problems")
+    assert message.startswith("1 problem in")
     assert "case3_second.nii.gz has its voxels up to 7 mm" in message
     nibabel.save(
         nibabel.Nifti1Image(array, affine_of(SPACING_MM)), data.folder / "case3_second.nii.gz"
@@ -287,6 +316,20 @@ def warnings_of(data: DataSet) -> str:
     """Return the warnings on the page, as text."""
     page = Page(data.check() / "dataset_report.html")
     return page.text.partition("Warnings")[2].partition("Summary by split")[0]
+
+
+def test_a_lone_slice_among_volumes_is_warned_of(data, capsys):
+    voxels = np.random.default_rng(0).normal(100, 10, (*SHAPE[:2], 1)).astype(np.float32)
+    image = nibabel.Nifti1Image(voxels, affine_of(SPACING_MM))
+    nibabel.save(image, data.folder / "case2.nii.gz")
+    data.check()
+    # 10 voxels of 0.5 mm are the least extent of the others, a slice of 2 mm is not.
+    assert "1 images are less than" not in capsys.readouterr().out
+    image = nibabel.Nifti1Image(voxels, affine_of((0.5, 1, 1.2)))
+    nibabel.save(image, data.folder / "case2.nii.gz")
+    data.check()
+    said = "1 images are less than a quarter as thick as every labelled one, such as case2 (1.2 mm)"
+    assert said in capsys.readouterr().out
 
 
 def test_mixed_orientations_are_warned_of(data):

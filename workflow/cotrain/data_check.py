@@ -18,7 +18,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -40,11 +39,17 @@ from cotrain.nifti import (
     voxel_volume_ml,
 )
 from cotrain.pictures import along_patient_axes, colour_of, data_address, thumbnail
+from cotrain.pool import side_by_side
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_PROBLEMS_SHOWN = 20
+MAX_UNKNOWN_VALUES = 5
+"""In a label file; one with more is hardly a label."""
+SECONDS_BETWEEN_SAVES = 60
+EXTENT_RATIO = 4
+"""A volume so much thinner than every labelled one is a localiser or a lone slice."""
 MAX_LABELLED_PICTURES = 60
 MAX_UNLABELLED_PICTURES = 6
 SPACING_RATIO = 2
@@ -136,8 +141,17 @@ def problems_of(cases: Sequence[Case], labels: Mapping[str, int]) -> list[str]:
     """Return every problem as a sentence: those of the whole set first, as they explain others."""
     problems = []
     known = ", ".join(["background=0", *(f"{name}={value}" for name, value in labels.items())])
-    for value in sorted({value for case in cases for value in case.unknown_values}):
-        holders = [case for case in cases if value in case.unknown_values]
+    for case in cases:
+        if len(case.unknown_values) > MAX_UNKNOWN_VALUES:
+            path = next(iter(case.unknown_values.values()))
+            some = ", ".join(map(str, sorted(case.unknown_values)[:3]))
+            problems.append(
+                f"case {case.name}: {path} holds {len(case.unknown_values)} values that are no "
+                f"label, such as {some}; is it an image? Give the label's path."
+            )
+    few = [case for case in cases if len(case.unknown_values) <= MAX_UNKNOWN_VALUES]
+    for value in sorted({value for case in few for value in case.unknown_values}):
+        holders = [case for case in few if value in case.unknown_values]
         others = f" (and {len(holders) - 1} more cases)" if len(holders) > 1 else ""
         problems.append(
             f"case {holders[0].name}{others}: {holders[0].unknown_values[value]} holds the label "
@@ -200,6 +214,18 @@ def warnings_of(cases: Sequence[Case]) -> list[str]:
                 f"and {_range(high, channel):.3g} in {high.name} (0.5th to 99.5th percentile); "
                 "harmless where each image is z-scored by itself (MRI), a wrong unit in CT."
             )
+    extents = {
+        case.name: min(size * mm for size, mm in zip(case.shape, case.spacing_mm, strict=True))
+        for case in cases
+    }
+    least = min(extents[case.name] for case in cases if case.split == "labelled") / EXTENT_RATIO
+    thin = [case.name for case in cases if extents[case.name] < least]
+    if thin:
+        warnings.append(
+            f"{len(thin)} images are less than a quarter as thick as every labelled one, such as "
+            f"{thin[0]} ({extents[thin[0]]:.3g} mm); take localisers and lone slices out of the "
+            "case table."
+        )
     empty = [case.name for case in cases if case.volumes_ml and not any(case.volumes_ml.values())]
     if empty:
         warnings.append(
@@ -404,17 +430,22 @@ def _known_or_examined(
         for task, stamp in zip(tasks, stamps, strict=True)
         if known.get(task[0]["case"], {}).get("stamp") != stamp
     ]
-    found = {case.name: case for case in all_examined(new, labels, jobs=jobs)}
-    cases = [found.get(row["case"]) or Case(**known[row["case"]]["found"]) for row, _ in tasks]
-    # Problems are looked at again each time, so that their sentences are those of today's files.
-    sound = {
-        case.name: {"stamp": stamp, "found": asdict(case)}
-        for case, stamp in zip(cases, stamps, strict=True)
-        if not case.problems and not case.unknown_values
-    }
+    stamp_of = {row["case"]: stamp for (row, _), stamp in zip(tasks, stamps, strict=True)}
+    sound = {name: found for name, found in known.items() if found["stamp"] == stamp_of.get(name)}
+    cases = {name: Case(**found["found"]) for name, found in sound.items()}
+    saved = time.monotonic()
+    for case in all_examined(new, labels, jobs=jobs):
+        cases[case.name] = case
+        # Problems are looked at again each time: their sentences are those of today's files.
+        if not case.problems and not case.unknown_values:
+            sound[case.name] = {"stamp": stamp_of[case.name], "found": asdict(case)}
+        # Thousands of cases take hours; what a killed check has opened is not opened again.
+        if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+            write_json(sound, kept)
+            saved = time.monotonic()
     if new:
         write_json(sound, kept)
-    return cases
+    return [cases[row["case"]] for row, _ in tasks]
 
 
 def _stamp(row: dict[str, str], wants_picture: bool, labels: Mapping[str, int]) -> str:
@@ -432,7 +463,7 @@ def refuse(problems: Sequence[str], *, where: str) -> None:
     shown = problems[:MAX_PROBLEMS_SHOWN]
     more = f"\n  ... and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
     raise InputError(
-        f"{len(problems)} problems in {where}; mend them and run again:"
+        f"{len(problems)} problem{'s' * (len(problems) > 1)} in {where}; mend and run again:"
         + "".join(f"\n  - {problem}" for problem in shown)
         + more
     )
@@ -451,11 +482,7 @@ def all_examined(
 ) -> Iterator[Case]:
     """Yield the cases of all tasks in their order, keeping a progress line on stderr."""
     examine = partial(examined, labels=labels)
-    if jobs == 1:
-        yield from _with_progress(map(examine, tasks), len(tasks))
-        return
-    with ProcessPoolExecutor(jobs) as pool:
-        yield from _with_progress(pool.map(examine, tasks, chunksize=4), len(tasks))
+    yield from _with_progress(side_by_side(examine, tasks, jobs=jobs, chunksize=4), len(tasks))
 
 
 def _with_progress(cases: Iterable[Case], total: int) -> Iterator[Case]:

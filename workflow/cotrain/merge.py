@@ -15,6 +15,9 @@ from cotrain.masks import open_soft, quantised, with_background
 from cotrain.nnunet import Planned
 from cotrain.settings import Section
 
+SLICES = 8
+"""Slices averaged at a time."""
+
 
 def mean_of(soft_masks: list[np.ndarray]) -> torch.Tensor:
     """Return `(K, Z, Y, X)` float32 mean probabilities of soft masks `(K-1, Z, Y, X)` uint8."""
@@ -34,10 +37,13 @@ def run(arguments: argparse.Namespace) -> None:
 
     def slabs_of(arrays: str) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
         masks = [open_soft(folder / f"{Path(arrays).name}.b2nd") for folder in arguments.masks]
-        depth, slab = masks[0].shape[1], masks[0].chunks[1]
-        for z in range(0, depth, slab):
-            mean = mean_of([each[:, z : z + slab] for each in masks])
-            yield mean, quantised(mean)
+        depth, chunk = masks[0].shape[1], masks[0].chunks[1]
+        for z in range(0, depth, chunk):
+            read = [each[:, z : z + chunk] for each in masks]
+            # As float32 with the background, a chunk of many labels is gigabytes.
+            for first in range(0, read[0].shape[1], SLICES):
+                mean = mean_of([each[:, first : first + SLICES] for each in read])
+                yield mean, quantised(mean)
 
     manifests = [each for folder in arguments.masks for each in sorted(folder.glob("manifest-*"))]
     make_mask_set(

@@ -9,7 +9,6 @@ import argparse
 import hashlib
 import json
 import os
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pandas as pd
 
 from cotrain.files import read_table, sha256_of, unique_prefix, write_table
 from cotrain.nnunet import CONFIGURATIONS, Planned
+from cotrain.pool import side_by_side
 from cotrain.shards import remove_manifests_beyond, shard_of
 
 SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
@@ -101,10 +101,9 @@ def run(arguments: argparse.Namespace) -> None:
         preprocess_case, planned=planned, out_dir=arguments.out_dir, with_label=arguments.with_label
     )
     manifest = []
-    with ProcessPoolExecutor(arguments.jobs) as pool:
-        for done, row in enumerate(pool.map(one, rows), start=1):
-            manifest.append(row)
-            print(f"{done}/{len(rows)} {row['case']} {row['shape']}", flush=True)
+    for done, row in enumerate(side_by_side(one, rows, jobs=arguments.jobs), start=1):
+        manifest.append(row)
+        print(f"{done}/{len(rows)} {row['case']} {row['shape']}", flush=True)
     write_table(
         pd.DataFrame(manifest, columns=["case", "shape", "origin"]),
         arguments.out_dir / f"manifest-{arguments.shard}.tsv",

@@ -39,7 +39,7 @@ rule check_data:
         "../../envs/cotrain.yaml"
     threads: 4
     resources:
-        mem_mb=memory(4000),
+        mem_mb=memory(6000),
         runtime=120,
     params:
         # A hash of this split's rows and files; not of the whole table, which may hold other news. It
@@ -127,7 +127,7 @@ rule plan:
         "../../envs/cotrain.yaml"
     threads: 4
     resources:
-        mem_mb=memory(8000),
+        mem_mb=memory(12000),
         runtime=120,
     params:
         out_dir=subpath(output.plans, parent=True),
@@ -156,9 +156,9 @@ rule preprocess:
     priority: 1
     conda:
         "../../envs/cotrain.yaml"
-    threads: 4
+    threads: 2
     resources:
-        mem_mb=memory(8000),
+        mem_mb=memory(12000),
         runtime=240,
     params:
         preprocessed=subpath(input.plans, parent=True),
