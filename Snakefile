@@ -56,9 +56,15 @@ include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
 
 
+if workflow.is_main_process:
+    refuse_needs_of_no_rule()
+    say_what_is_easily_missed()
+
+
 onstart:
     if workflow.is_main_process:
         take_over_from_a_dead_command()
+        say_what_shares_a_gpu()
         remember_what_was_read()
         look_at_jobs_as_often_as_asked()
 

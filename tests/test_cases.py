@@ -152,6 +152,13 @@ def test_surplus_cells_do_not_shift_the_columns(tmp_path):
     assert "more cells than the 4 headings" in error_of(tmp_path, [(*row, "x") for row in GOOD])
 
 
+def test_empty_rows_of_a_spreadsheet_are_none(tmp_path):
+    rows = [("a", "a.nii", "", "unlabelled"), ("b", "b.nii", "c.nii", "labelled"), ("",) * 4]
+    for name in "abc":
+        (tmp_path / f"{name}.nii").touch()
+    assert list(read_cases(write(tmp_path, rows), None)["case"]) == ["a", "b"]
+
+
 def test_one_row_with_surplus_cells_is_refused(tmp_path):
     assert "Expected 4 fields in line 3, saw 5" in error_of(tmp_path, [GOOD[0], (*GOOD[1], "x")])
 

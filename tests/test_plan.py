@@ -12,6 +12,7 @@ from cotrain.errors import InputError
 from cotrain.nnunet import Planned, make_importable
 from cotrain.plan import (
     check_network_3d,
+    check_planner,
     configuration_2d,
     dataset_description,
     narrowed_3d,
@@ -169,6 +170,12 @@ def test_a_network_file_changed_beside_the_plans_is_refused(replaced, tmp_path):
     (tmp_path / "plans" / "ten_lines.py").write_text(EXAMPLE + "# mended here\n")
     with pytest.raises(InputError, match="was changed after planning"):
         make_importable(tmp_path / "plans", plans)
+
+
+def test_a_planner_that_nnunet_does_not_have_is_refused():
+    check_planner("nnUNetPlannerResEncM")
+    with pytest.raises(InputError, match="planner is nnUNetPlannerResEncH, which this nnU-Net"):
+        check_planner("nnUNetPlannerResEncH")
 
 
 def test_a_missing_network_file_is_refused(tmp_path):

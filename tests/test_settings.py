@@ -13,6 +13,8 @@ from cotrain.settings import (
     as_yaml,
     check,
     load,
+    refuse_missing_files,
+    refuse_repeated_keys,
 )
 
 MINIMUM = {"experiment": "e", "cases": "cases.tsv", "labels": {"organ": 1}}
@@ -42,12 +44,12 @@ def changed_stages(**changes):
         ({"audit": {"x": 1}}, "unknown setting `audit.x`; known keys: max_cases"),
         ({"training_2d": {"learning_rate": 0}}, "`training_2d.learning_rate` is 0: "),
         ({"experiment": "a/b"}, "`experiment` is 'a/b': "),
-        ({"labels": {"a": 1, "b": 3}}, "labels have the values [1, 3], wanted 1, 2, 3"),
-        ({"labels": {"a": 0, "b": 1}}, "labels have the values [0, 1], wanted 1, 2, 3"),
+        ({"labels": {"a": 1, "b": 3}}, "labels are {'a': 1, 'b': 3}, wanted the values 1, 2, 3"),
+        ({"labels": {"a": 0, "b": 1}}, "labels are {'a': 0, 'b': 1}, wanted the values 1, 2, 3"),
         ({"labels": {}}, "labels is empty; name each label"),
         ({"labels": {"organ": 1, "ignore": 2}}, "labels lists ignore, which nnU-Net keeps"),
         ({"labels": {"background": 0, "organ": 1}}, "labels lists background, which nnU-Net keeps"),
-        ({"labels": {"a": 1, "b": 1}}, "labels have the values [1, 1], wanted 1, 2, 3"),
+        ({"labels": {"a": 1, "b": 1}}, "labels are {'a': 1, 'b': 1}, wanted the values 1, 2, 3"),
         ({"recipe": "paper", "cotraining": 3}, "`cotraining` is 3: "),
         (
             {"inference": {"mirroring": True}, "training_3d": {"mirroring": False}},
@@ -189,6 +191,42 @@ def test_a_rate_in_yamls_scientific_notation_is_a_number():
 )
 def test_a_changed_setting_changes_the_files_of_its_own_stages_only(changes, stages):
     assert changed_stages(**changes) == stages
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("a: 1\nb: 2\na: 3\n", "has `a` twice, in the lines 1 and 3"),
+        ("s:\n  a: 1\n  a: 3\n", "has `a` twice, in the lines 2 and 3"),
+        ("l: [{a: 1, a: 2}]\n", "has `a` twice, in the lines 1 and 1"),
+        ("s: {a: 1}\nt: {a: 1}\n", None),
+        ("# nothing\n", None),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(text, sentence, tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text(text)
+    if sentence is None:
+        refuse_repeated_keys(path)
+        return
+    with pytest.raises(InputError, match=sentence):
+        refuse_repeated_keys(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"network_3d": {"architecture": "my.py:Net"}}, "network_3d.architecture"),
+        ({"network_2d": {"weights": "my.py"}}, "network_2d.weights"),
+    ],
+)
+def test_a_file_that_the_settings_name_must_be_there(changes, key, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = check(MINIMUM | changes)
+    with pytest.raises(InputError, match=rf"my.yaml: `{key}` names the file my.py, which does not"):
+        refuse_missing_files(settings, source="my.yaml")
+    (tmp_path / "my.py").touch()
+    refuse_missing_files(settings, source="my.yaml")
 
 
 def test_settings_cannot_be_changed_after_the_check():

@@ -568,6 +568,14 @@ def test_a_command_notes_what_it_sets_out_to_make_again(finished: Path):
     assert "results/tiny/cotrain/round-00/pseudo_2d" not in noted
 
 
+@pytest.mark.parametrize("limit", [(), ("--resources", "gpu=1")])
+def test_jobs_that_would_share_a_gpu_are_warned_of(project: Path, limit: tuple[str, ...]):
+    config = settings_file(project, compute__device="cuda")
+    ran = snakemake(project, "--configfile", str(config), *limit, "--until", "write_settings")
+    assert ran.returncode == 0, ran.stderr
+    assert ("give --resources gpu=1" in ran.stderr) == (not limit)
+
+
 def test_a_command_beside_a_living_one_on_another_machine_is_refused(project: Path):
     notice = project / ".snakemake/command-tiny.json"
     notice.parent.mkdir()
@@ -856,7 +864,34 @@ def test_overlapping_splits_are_named(project: Path):
 def test_a_review_table_without_a_column_is_refused(project: Path):
     (project / "review.tsv").write_text("case\tverdict\ncase_3\texclude\n")
     text = refused(project, settings_file(project, review="review.tsv"))
-    assert "review.tsv lacks the columns round, masks, mask; wanted" in text
+    assert "review.tsv lacks the columns round, masks; wanted" in text
+
+
+def test_a_file_that_only_a_finished_job_read_is_missed_all_the_same(finished: Path):
+    config = settings_file(finished, network_2d__weights="gone.pth")
+    ran = snakemake(finished, "-n", "--configfile", str(config))
+    assert ran.returncode != 0
+    told = "`network_2d.weights` names the file gone.pth, which does not"
+    assert told in ran.stdout + ran.stderr
+
+
+def test_a_key_that_stands_twice_is_refused(project: Path):
+    config = settings_file(project)
+    config.write_text(config.read_text() + "rounds: 3\n")
+    assert "config.yaml has `rounds` twice" in refused(project, config)
+
+
+def test_needs_of_a_rule_that_there_is_not_are_refused(project: Path):
+    text = refused(project, settings_file(project), "--set-resources", "trains:mem_mb=1")
+    assert "for a rule `trains`, which there is not; did you mean `train`?" in text
+
+
+def test_a_channel_that_only_looks_like_ct_is_warned_of(project: Path):
+    for name, is_told in (("CT_abdomen", True), ("CT", False), ("octave", False)):
+        config = str(settings_file(project, channels=[name]))
+        ran = snakemake(project, "-n", "--configfile", config)
+        said = ran.stdout + ran.stderr
+        assert ("only where it is called CT" in said) == is_told
 
 
 def test_without_a_configfile_the_ready_ones_are_named(project: Path):

@@ -94,7 +94,8 @@ def read_table(path: str | Path) -> pd.DataFrame:
             f"{path}: the rows have more cells than the {len(frame.columns)} headings; remove the "
             "surplus separators."
         )
-    return frame
+    # Spreadsheets save rows below the last one.
+    return frame[(frame != "").any(axis=1)].reset_index(drop=True)
 
 
 def _no_table(path: Path, error: Exception) -> InputError:

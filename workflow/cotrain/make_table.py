@@ -187,7 +187,8 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.out.unlink()
         raise InputError(
             f"{error} (That is about the table as it would have been; {arguments.out} was not "
-            "written. A case is named as its files are.)"
+            "written. A case is named as its files are. Where all images have labels, say with "
+            "--labelled and --test how many to use, or with --test-list which to test.)"
         ) from None
     counts = [f"{(checked['split'] == split).sum()} {split}" for split in SPLITS]
     print(f"{arguments.out}: {', '.join(counts)}")

@@ -200,6 +200,19 @@ def check_network_3d(planned: Planned, wanted: Network3D) -> None:
         )
 
 
+def check_planner(name: str) -> None:
+    """Raise InputError where nnU-Net has no experiment planner of this name."""
+    import nnunetv2
+    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+    place = Path(nnunetv2.__path__[0], "experiment_planning")
+    if recursive_find_python_class(str(place), name, "nnunetv2.experiment_planning") is None:
+        raise InputError(
+            f"network_3d.planner is {name}, which this nnU-Net does not have; wanted e.g. "
+            "ExperimentPlanner, nnUNetPlannerResEncM, nnUNetPlannerResEncL, nnUNetPlannerResEncXL."
+        )
+
+
 def plan(stage: PlanStage, cases: list[dict], out_dir: Path, *, jobs: int) -> None:
     """Write plans.json, dataset.json and dataset_fingerprint.json into `out_dir`.
 
@@ -212,6 +225,7 @@ def plan(stage: PlanStage, cases: list[dict], out_dir: Path, *, jobs: int) -> No
 
     from cotrain.masks import resampling_of_probabilities
 
+    check_planner(stage.network_3d.planner)
     description = dataset_description(stage, cases)
     with nnunet_folders() as folder:
         write_json(description, folder / "nnUNet_raw" / DATASET_NAME / "dataset.json")

@@ -29,12 +29,17 @@ def masks_of(verdict: Mapping[str, str]) -> str:
 def read_review(path: Path | None, cases: Collection[str]) -> pd.DataFrame:
     """Return a person's verdicts with COLUMNS and others, all text; none where `path` is None.
 
+    The column `mask` may be missing, where nothing is replaced.
+
     cases: the unlabelled ones. Raises InputError on a missing column, on a case, masks or verdict
     that there is not, or on a replacement without an existing mask file.
     """
     if path is None:
         return pd.DataFrame(columns=COLUMNS)
     review = read_table(path)
+    if "mask" not in review:
+        # Whoever only excludes and accepts has no use for it.
+        review["mask"] = ""
     missing = [name for name in COLUMNS if name not in review]
     if missing:
         raise InputError(

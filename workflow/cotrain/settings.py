@@ -325,7 +325,7 @@ class Settings(Section):
         values = sorted(self.labels.values())
         if values != list(range(1, len(values) + 1)):
             raise ValueError(
-                f"labels have the values {values}, wanted 1, 2, 3 ... without gaps (0 is the "
+                f"labels are {self.labels}, wanted the values 1, 2, 3 ... without gaps (0 is the "
                 "background and is not listed); renumber the labels"
             )
         return self
@@ -449,6 +449,45 @@ def check(content: dict, *, model: type[Section] = Settings, source: str = "conf
     except ValidationError as error:
         problems = [_sentence(problem, model) for problem in error.errors()]
         raise InputError(f"{source}: " + "; ".join(problems) + ".") from None
+
+
+def refuse_repeated_keys(path: str | Path) -> None:
+    """Raise InputError where a YAML file has a key twice, of which the first would go unheard."""
+    nodes = [yaml.compose(Path(path).read_text(), Loader=yaml.SafeLoader)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.MappingNode):
+            lines: dict[str, int] = {}
+            for key, value in node.value:
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise InputError(
+                        f"{path} has `{key.value}` twice, in the lines {lines[key.value]} and "
+                        f"{line}, and the first would go unheard; join them."
+                    )
+                lines[key.value] = line
+                nodes.append(value)
+
+
+def refuse_missing_files(settings: Settings, *, source: str) -> None:
+    """Raise InputError where a file that the settings name does not exist.
+
+    Snakemake asks for a file only where a job is to read it, and takes one that is missing for not
+    needed any more where that job was done before.
+    """
+    architecture, weights = settings.network_3d.architecture, settings.network_2d.weights
+    named = {
+        "network_3d.architecture": architecture.rpartition(":")[0] if architecture else None,
+        "network_2d.weights": None if weights in ("pypi", "timm", "random") else weights,
+    }
+    for key, path in named.items():
+        if path is not None and not Path(path).is_file():
+            raise InputError(
+                f"{source}: `{key}` names the file {path}, which does not exist in {Path.cwd()}; "
+                "correct the path."
+            )
 
 
 def load(path: str | Path, *, model: type[Section] = Settings) -> Any:

@@ -1,7 +1,9 @@
 """The command itself: what it warns of, beside which others it may run, what its jobs go by."""
 
 import asyncio
+import difflib
 import os
+import re
 
 from cotrain.errors import InputError
 from cotrain.files import write_json
@@ -18,6 +20,14 @@ def say_what_is_easily_missed():
                 f"{experiment}: the rate anneals to 0 over {scheduled} rounds "
                 f"(cotraining.schedule_rounds), but only {settings.rounds} are run (rounds)."
             )
+        for channel in settings.channels:
+            if channel.casefold() != "ct" and re.search(
+                r"(?<![a-z])ct(?![a-z])", channel.casefold()
+            ):
+                logger.warning(
+                    f"{experiment}: nnU-Net normalises a channel as CT only where it is called CT, "
+                    f"and {channel!r} image by image; rename it in `channels` if it is one."
+                )
         if not REVIEWS[experiment]:
             continue
         heard = {
@@ -32,6 +42,32 @@ def say_what_is_easily_missed():
                     f"{settings.review}: the verdict on {row['masks']} of {row['case']} in round "
                     f"{row['round']} changes nothing, because these masks teach no network."
                 )
+
+
+def refuse_needs_of_no_rule():
+    """Refuse threads and resources for a rule that there is not: Snakemake ignores them."""
+    rules = {rule.name for rule in workflow.rules}
+    asked = workflow.resource_settings
+    for name in {*asked.overwrite_resources, *asked.overwrite_threads} - rules:
+        near = difflib.get_close_matches(name, rules, n=1)
+        remedy = f"did you mean `{near[0]}`?" if near else f"there are {sorted(rules)}."
+        raise WorkflowError(
+            f"set-resources or set-threads is for a rule `{name}`, which there is not; {remedy}"
+        )
+
+
+def say_what_shares_a_gpu():
+    """Warn where nothing keeps this machine's jobs from sharing its GPUs, and their memory."""
+    local = not workflow.executor_plugin.common_settings.non_local_exec
+    devices = {settings.compute.device for settings in SETTINGS.values()}
+    there = "cuda" in devices or (
+        "auto" in devices and os.path.exists("/dev/nvidiactl")
+    )
+    if local and there and "gpu" not in workflow.global_resources:
+        logger.warning(
+            "As many jobs as there are cores may share a GPU, and run out of its memory; give "
+            "--resources gpu=1, or as many as this machine has."
+        )
 
 
 def folders_to_make(experiment):
@@ -96,7 +132,3 @@ def remember_what_was_read():
     write_json(read, path)
     # Jobs do not go by the name alone: what lies there may be from an earlier command.
     os.environ.update(COTRAIN_READ=str(path))
-
-
-if workflow.is_main_process:
-    say_what_is_easily_missed()

@@ -15,7 +15,12 @@ from cotrain.cases import SPLITS, cases_of, read_cases
 from cotrain.errors import InputError
 from cotrain.experiments import experiments_of
 from cotrain.review import masks_of, read_review
-from cotrain.settings import as_yaml, check
+from cotrain.settings import (
+    as_yaml,
+    check,
+    refuse_missing_files,
+    refuse_repeated_keys,
+)
 from snakemake.exceptions import WorkflowError
 
 
@@ -33,7 +38,13 @@ def checked_settings():
             f"{', '.join(ready)} in {Path(workflow.basedir, 'config')}."
         )
     source = ", ".join(map(os.path.relpath, workflow.configfiles)) or "--config"
-    return experiments_of(config, source=source)
+    settings, groups = experiments_of(config, source=source)
+    if workflow.is_main_process:
+        for path in workflow.configfiles:
+            refuse_repeated_keys(path)
+        for each in settings.values():
+            refuse_missing_files(each, source=source)
+    return settings, groups
 
 
 def checked_cases():
