@@ -155,7 +155,10 @@ def test_of_several_stages_the_one_that_needs_a_person_is_shown():
             "Traceback (most recent call last):\n  File 'x'\n    y()\nOSError: the disk\nis full\n",
             "OSError: the disk",
         ),
-        ("x\n" * 20_000 + "cotrain check-data: 2 problems:\n- a\n- b\n", "cotrain check-data: 2"),
+        (
+            "x\n" * 20_000 + "cotrain check-data: 2 problems:\n  - a\n  - b\n",
+            "cotrain check-data: 2 problems:\n  - a\n  - b",
+        ),
         ("epoch 9 (9/9)\n", None),
         ("cotrain train was interrupted; give the same command to go on.\n", None),
         ("", None),
@@ -380,6 +383,23 @@ def test_the_command_names_the_settings_where_they_are_and_a_placeholder_elsewhe
 def test_without_any_experiment_it_says_how_to_start_one(tmp_path, capsys):
     assert main(["status", "demo", "--results", str(tmp_path / "results")]) == 0
     assert "snakemake --configfile config/demo.yaml" in capsys.readouterr().out
+
+
+def test_warnings_about_the_data_are_shown(experiment, capsys):
+    log = experiment / "logs/demo/cases/describe_data.log"
+    write(log, "warning: Mixed.\nwarning: Thin.\nsound\n")
+    results = experiment / "results"
+    assert main(["status", "demo", "--results", str(results)]) == 0
+    page = results / "demo/cases/dataset_report.html"
+    assert f"warnings about the data ({page})\n  Mixed.\n  Thin.\n\n" in capsys.readouterr().out
+
+
+def test_a_comparison_of_experiments_points_to_its_table(tmp_path):
+    folder = tmp_path / "results" / "loo"
+    write(folder / "comparison" / "comparison.txt")
+    text = status_text(folder, benchmarks=tmp_path, logs=tmp_path / "logs", now=time.time())
+    assert "loo compares experiments" in text
+    assert str(folder / "comparison" / "comparison.txt") in text
 
 
 def test_a_wrong_name_is_answered_with_the_known_ones(experiment, capsys):

@@ -175,8 +175,9 @@ def failure_in(log: Path) -> str | None:
     with open(log, "rb") as opened:
         opened.seek(max(0, log.stat().st_size - END_OF_LOG))
         end = opened.read().decode(errors="replace")
-    # Of this command, or of a shell that did not find it.
-    said = re.findall(r"^(?:\S+sh: .*)?cotrain(?: [a-z-]+)?: .+", end, flags=re.MULTILINE)
+    # Of this command, with the first problems where it lists any, or of a shell that lacks it.
+    sentence = r"^(?:\S+sh: .*)?cotrain(?: [a-z-]+)?: .+(?:\n  - .+){0,3}"
+    said = re.findall(sentence, end, flags=re.MULTILINE)
     if said:
         return said[-1]
     _, found, trace = end.rpartition("Traceback (most recent call last):")
@@ -244,7 +245,14 @@ def status_text(folder: Path, *, benchmarks: Path, logs: Path, now: float) -> st
             failures += found
         elif state.kind in ("waiting", "partly", "interrupted"):
             states[folder / step] = State("failed", found[0])
+    if not rounds and (folder / "comparison").is_dir():
+        compared = folder / "comparison" / "comparison.txt"
+        return f"{folder.name} compares experiments, which have a status each; see {compared}\n"
     parts = [f"experiment {folder.name}, {datetime.fromtimestamp(now):%Y-%m-%d %H:%M}"]
+    warnings = _data_warnings(logs / "cases" / "describe_data.log")
+    if warnings:
+        page = folder / "cases" / "dataset_report.html"
+        parts.append(f"warnings about the data ({page})\n" + "\n".join(warnings))
     preprocessed = _preprocessed(folder / "preprocessed", cases)
     if rounds:
         parts.append(_rounds_table(rounds, states, _dice_of(folder / "evaluation")))
@@ -276,6 +284,15 @@ def status_text(folder: Path, *, benchmarks: Path, logs: Path, now: float) -> st
         parts.append(_time_table(spent))
     parts.append("look next\n" + "\n".join(f"  {line}" for line in _look_next(folder, logs=logs)))
     return "\n\n".join(parts) + "\n"
+
+
+def _data_warnings(log: Path) -> list[str]:
+    """Return the lines in which the check of the data warned of what is often a mistake."""
+    if not log.is_file():
+        return []
+    lines = log.read_text().splitlines()
+    mark = "warning: "
+    return [f"  {line.removeprefix(mark)}" for line in lines if line.startswith(mark)]
 
 
 def _running_line(stage: Path, folder: Path, state: State, *, logs: Path, now: float) -> str:
@@ -450,6 +467,7 @@ def _look_next(folder: Path, *, logs: Path) -> list[str]:
     places = {
         "scores and gain": [folder / "summary/summary.txt"],
         "the model for nnUNetv2_predict": [folder / "model"],
+        "the data": [folder / "cases/dataset_report.html"],
         "masks that taught": sorted(folder.glob(f"{CO_TRAINED}/round-*/audit/*.html"))[-2:],
         "logs": [logs],
     }
