@@ -126,7 +126,11 @@ def test_training_killed_after_an_epoch_ends_in_the_bits_of_an_undisturbed_one(
     words = [str(tmp_path) if w == str(undisturbed.folder) else w for w in undisturbed.words]
     kill_once(words, tmp_path / "work" / "latest.pth")
     assert not (tmp_path / "checkpoint.pth").exists()
+    # As a kill in the middle of a save leaves it.
+    half_saved = tmp_path / "work" / ".writing-elsewhere-7-latest.pth"
+    half_saved.touch()
     cotrain(*words)
+    assert not half_saved.exists()
     assert "Resuming after epoch" in capsys.readouterr().out
     assert provenance(tmp_path)["weights_hash"] == provenance(undisturbed.folder)["weights_hash"]
     without_seconds = [

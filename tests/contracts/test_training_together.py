@@ -152,6 +152,27 @@ def test_no_process_outlives_the_other(two_together, tmp_path, killed):
     assert not (tmp_path / "checkpoint.pth").exists()
 
 
+def test_a_cancelled_job_releases_the_lock_whichever_process_hears_it_first(two_together, tmp_path):
+    words = [str(tmp_path) if w == str(two_together.folder) else w for w in two_together.words]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cotrain", *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "work" / "latest.pth").is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (other,) = processes_of(process.pid)
+    os.kill(other, signal.SIGTERM)
+    os.kill(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "trains along" not in said
+    assert not alive(other)
+    assert not list((tmp_path / "work").glob("*.lock"))
+
+
 def test_a_process_that_fails_while_they_meet_ends_the_step(tmp_path):
     script = tmp_path / "meet.py"
     script.write_text(

@@ -89,7 +89,7 @@ def team(devices: list[torch.device], help_: Callable, *arguments: object) -> It
             leaving.set()
             for other in others:
                 if other.pid is not None:
-                    other.terminate()
+                    other.kill()
                     other.join()
 
 
@@ -119,8 +119,10 @@ def _meet(place: Place, url: str) -> None:
 
 
 def _join(place: Place, url: str, help_: Callable, arguments: tuple) -> None:
-    # Ctrl-C reaches every process of a terminal; the first one ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches every process of a terminal, and scancel every process of a job. The first one
+    # releases its lock, says why it stops, and kills the others.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_die_with_the_first, daemon=True).start()
     _meet(place, url)
     try:

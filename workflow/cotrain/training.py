@@ -564,6 +564,8 @@ def _train_round(
         )
     latest, provenance = (work.folder / name for name in ("latest.pth", "provenance.json"))
     events = arguments.out_dir / "tensorboard"
+    for half_saved in work.folder.glob(f".writing-*{latest.name}"):
+        half_saved.unlink()
     resuming = work.resumable and latest.is_file()
     if not resuming:
         for left_over in (latest, provenance, arguments.out_dir / "checkpoint.pth"):
@@ -594,6 +596,8 @@ def _train_round(
 
         total = window.stop - window.start
         had_all = trainer.epoch == window.stop
+        if had_all:
+            print(f"Nothing is left to train: {latest} has all epochs of this round.", flush=True)
         if resuming:
             # Snakemake has removed the log of the process before.
             for values in trainer.curve[len(trainer.curve) - (trainer.epoch - window.start) :]:
