@@ -5,7 +5,8 @@
 
 `run` trains every method on every labelled set through the workflow, and stores the scores of each
 test case in benchmarks/accuracy.tsv and the true quality of all pseudo-masks in
-benchmarks/accuracy_masks.tsv. `report` redraws docs/accuracy.md and docs/accuracy.png from them.
+benchmarks/accuracy_masks.tsv. `report` redraws docs/accuracy_tables.md, docs/accuracy.png and the
+tables of docs/accuracy.md from them.
 
 Which cases are labelled moves a result more than the method does, so a method is judged over sets:
 of the cases that are not for testing, in the order of their names, set k labels the k-th block of
@@ -14,6 +15,7 @@ n, with seed k. Test cases are scored once per finished run; nothing is chosen b
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -167,12 +169,19 @@ def all_labelled(cases: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def name_of(data: str, labelled: int, block: int, experiment: str) -> str:
-    """Return the name of an experiment, which is its folder of results.
+def key_of(data: str, place: tuple[int, int], experiment: str) -> dict[str, object]:
+    """Return what an experiment's rows are stored under.
 
     With all cases labelled it is the same one for every number of labelled cases.
     """
-    number = "all" if experiment == "full" else labelled
+    labelled, block = place
+    number = "all" if experiment == BOUND.experiment else labelled
+    return dict(zip(KEY, (data, number, block, experiment), strict=True))
+
+
+def name_of(data: str, labelled: int, block: int, experiment: str) -> str:
+    """Return the name of an experiment, which is its folder of results."""
+    number = key_of(data, (labelled, block), experiment)["labelled"]
     return f"accuracy_{data}_{number}_set{block}_{experiment}"
 
 
@@ -360,7 +369,7 @@ def store(
     rows, masks = [], []
     for method in methods:
         own = settings[*place, method.experiment]
-        key = dict(zip(KEY, (data, *place, method.experiment), strict=True))
+        key = key_of(data, place, method.experiment)
         (scores,) = read_evaluations([CLONE / evaluation_of(method, own)]).values()
         if method.experiment in PEERS:
             spent = float((CLONE / "results" / own.experiment / "minutes.txt").read_text())
@@ -383,7 +392,7 @@ def store(
     # Of each experiment once, whatever the number of its methods: it opens every mask.
     for experiment in dict.fromkeys(method.experiment for method in methods):
         if experiment not in PEERS:
-            key = dict(zip(KEY, (data, *place, experiment), strict=True))
+            key = key_of(data, place, experiment)
             own = settings[*place, experiment]
             masks += [{**key, **row} for row in mask_qualities(own)]
     _replace_rows(STORED, pd.DataFrame(rows).astype(str))
@@ -527,6 +536,25 @@ def table_of(standings: list[Standing]) -> list[str]:
     return lines
 
 
+def answer_of(standings: list[Standing]) -> list[str]:
+    """Return the lines of a short Markdown table: how far the products are above each method."""
+    named = {standing.method: standing for standing in standings}
+    products = [named[method] for method in PRODUCTS if method in named]
+    above = "".join(f" {product.method.words}, is above it by |" for product in products)
+    lines = [f"| method | sets | Dice % | minutes |{above}", "|---" * (4 + len(products)) + "|"]
+    for standing in standings:
+        is_product = standing.method in PRODUCTS
+        gains = [
+            _gain(product.dice, standing.dice) if standing.method in BAR else ""
+            for product in products
+        ]
+        words = f"**{standing.method.words}**" if is_product else standing.method.words
+        cells = [words, " ".join(map(str, standing.sets.index)), _spread(standing.dice)]
+        cells += [f"{standing.sets['minutes'].mean():.0f}", *gains]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def bar_of(standings: list[Standing], *, chosen_on: tuple[int, ...]) -> list[str]:
     """Return the lines of a Markdown table: each product against all it must be above.
 
@@ -534,7 +562,7 @@ def bar_of(standings: list[Standing], *, chosen_on: tuple[int, ...]) -> list[str
     """
     named = {standing.method: standing for standing in standings}
     lines = [
-        "| product | against | sets | Dice, points | on sets that chose no setting "
+        "| product | against | sets | Dice, points | on sets not used for tuning "
         "| worst case, points |",
         "|---|---|---|---|---|---|",
     ]
@@ -578,9 +606,14 @@ def numbers_of(by_number: dict[int, list[Standing]]) -> list[str]:
 
 
 def _over(standing: Standing, baseline: Standing | None) -> str:
-    """Return the gain over the baseline; nothing where it is missing, or the method itself."""
+    """Return the gain over the baseline; nothing where it is missing, or the method itself.
+
+    All labels are the same cases whichever set is labelled, and so are not paired with sets.
+    """
     if baseline is None or baseline.method == standing.method:
         return ""
+    if standing.method == BOUND:
+        return f"{standing.dice.mean() - baseline.dice.mean():+.1f}"
     return _gain(standing.dice, baseline.dice)
 
 
@@ -590,14 +623,19 @@ def _spread(values: pd.Series, *, digits: int = 1) -> str:
 
 
 def _gain(values: pd.Series, others: pd.Series) -> str:
-    """Return the gain of values over others, both by set, paired by the sets that both have."""
+    """Return the gain of values over others, both by set, paired by the sets that both have.
+
+    With an interval from three sets on: that of two is 13 times as wide as its standard error.
+    """
     both = values.index.intersection(others.index)
     if both.empty:
         return ""
     gain = paired_gain(values[both], others[both])
-    if gain.cases == 1:
+    if gain.cases < 3:
         return f"{gain.mean:+.1f}"
-    text = f"{gain.mean:+.1f} ({gain.low:+.1f} to {gain.high:+.1f})"
+    # A bound next to zero must show its side of it.
+    digits = 2 if min(abs(gain.low), abs(gain.high)) < 0.1 else 1
+    text = f"{gain.mean:+.1f} ({gain.low:+.{digits}f} to {gain.high:+.{digits}f})"
     return f"**{text}**" if gain.low > 0 or gain.high < 0 else text
 
 
@@ -654,31 +692,36 @@ def draw(standings: dict[str, list[Standing]], path: Path) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Redraw the tables of docs/accuracy.md, below its marker, and docs/accuracy.png."""
+    """Redraw docs/accuracy_tables.md, docs/accuracy.png and the tables of docs/accuracy.md."""
     if not STORED.is_file():
         raise InputError(f"{STORED} is missing; make it with `accuracy.py run`.")
     stored = read_table(STORED)
-    numbers = [*SCORES, "minutes", "labelled", "set", "back"]
+    numbers = [*SCORES, "minutes", "set", "back"]
     stored[numbers] = stored[numbers].apply(pd.to_numeric)
     masks = read_table(STORED_MASKS)
-    of_masks = ["true_dice", "confidence", "labelled", "set", "round"]
+    of_masks = ["true_dice", "confidence", "set", "round"]
     masks[of_masks] = masks[of_masks].apply(pd.to_numeric)
-    parts, panels, shown = [], {}, {}
-    # All labels are the same cases beside any number of labelled ones.
+    parts, panels, blocks = [], {}, {}
     is_bound = stored["experiment"] == BOUND.experiment
-    for (data, labelled), rows in stored[~is_bound].groupby(["data", "labelled"]):
-        standings = standings_of(pd.concat([rows, stored[is_bound & (stored["data"] == data)]]))
-        panels[f"{DATA[data].title}, {labelled} labelled"] = standings
-        shown.setdefault(data, {})[labelled] = standings
-    for data, by_number in shown.items():
+    for data in DATA:
+        # All labels are the same cases beside any number of labelled ones.
+        bound = stored[is_bound & (stored["data"] == data)]
+        others = stored[~is_bound & (stored["data"] == data)]
+        by_number = {
+            labelled: standings_of(pd.concat([rows, bound]))
+            for labelled, rows in others.groupby(others["labelled"].astype(int))
+        }
         if len(by_number) > 1:
-            parts += [f"### {DATA[data].title}, by number of labelled cases", ""]
+            blocks[f"{data}_by_number"] = numbers_of(by_number)
+            parts += [f"## {DATA[data].title}, by number of labelled cases", ""]
             parts += [*numbers_of(by_number), ""]
         for labelled, standings in by_number.items():
             title = f"{DATA[data].title}, {labelled} labelled"
-            of_these = masks[(masks["data"] == data) & (masks["labelled"] == labelled)]
+            panels[title] = standings
+            blocks[f"{data}_{labelled}"] = answer_of(standings)
+            of_these = masks[(masks["data"] == data) & (masks["labelled"] == str(labelled))]
             bar = bar_of(standings, chosen_on=DATA[data].chosen_on)
-            parts += [f"### {title}", "", *table_of(standings), "", *bar, ""]
+            parts += [f"## {title}", "", *table_of(standings), "", *bar, ""]
             parts += [
                 "Pseudo-masks *of* each network, and those it was taught by (*for*), unlabelled "
                 "cases:",
@@ -686,16 +729,36 @@ def report(arguments: argparse.Namespace) -> None:
                 *masks_table(of_these),
                 "",
             ]
+    write_text(TABLES_PAGE + "\n".join(parts), CLONE / "docs" / "accuracy_tables.md")
     page = CLONE / "docs" / "accuracy.md"
-    prose, marker, _ = page.read_text().partition(MARKER)
-    if not marker:
-        raise InputError(f"{page} has no line {MARKER!r}, below which the tables go; put it back.")
-    write_text(prose + marker + "\n\n" + "\n".join(parts), page)
+    write_text(filled(page.read_text(), blocks), page)
     draw(panels, CLONE / "docs" / "accuracy.png")
-    print("\n".join(parts))
 
 
-MARKER = "<!-- below: made by `python benchmarks/accuracy.py report` -->"
+TABLES_PAGE = """# All tables of the accuracy benchmark
+
+Made by `python benchmarks/accuracy.py report` from the stored scores. What they mean, and how they
+were measured: [accuracy.md](accuracy.md). Where two rows have other sets, compare them by the
+tables of products, which pair the sets that both have.
+
+"""
+
+
+def filled(page: str, blocks: dict[str, list[str]]) -> str:
+    """Return a page with a table between each `<!-- table NAME -->` and the next `<!-- end -->`.
+
+    Raises InputError where no scores of a table are stored.
+    """
+
+    def table(found: re.Match) -> str:
+        if found[1] not in blocks:
+            raise InputError(
+                f"docs/accuracy.md wants a table {found[1]!r}, and no scores of it are stored; "
+                f"stored are {', '.join(blocks)}."
+            )
+        return f"<!-- table {found[1]} -->\n" + "\n".join(blocks[found[1]]) + "\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", table, page, flags=re.DOTALL)
 
 
 def main() -> None:

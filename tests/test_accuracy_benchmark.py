@@ -154,29 +154,35 @@ def test_gain_gap_and_worst_case_by_hand(accuracy, stored):
     ]
     lines = accuracy.table_of(standings)
     assert lines[2].startswith("| 3D, labels only | 0 1 | 72.5 ± 3.5 | 65.0 ± 7.1 |")
-    # Sets 77.0 and 74.0. Gains 2 and 4: mean 3, t(1) = 12.71, standard error 1.
+    # Sets 77.0 and 74.0, gains 2 and 4.
     assert lines[3].startswith(
         "| 3D, co-trained | 0 1 | 75.5 ± 2.1 | 70.0 ± 5.7 | 50.0 ± 0.0 | 3.00 ± 0.00 | "
     )
     # (75.5 - 72.5) / (81 - 72.5)
-    assert lines[3].endswith("| +3.0 (-9.7 to +15.7) | 35 % | 10 |")
-    assert lines[4].endswith("|  | 10 |")
+    assert lines[3].endswith("| +3.0 | 35 % | 10 |")
+    # All labels are paired with no set: 81 - 72.5.
+    assert lines[4].endswith("| +8.5 |  | 10 |")
 
 
 def test_products_are_held_against_what_labels_alone_give(accuracy, stored):
     lines = accuracy.bar_of(accuracy.standings_of(stored), chosen_on=(0,))
-    # Worst cases: 74 - 70 and 66 - 60, mean 5 and standard error 1.
-    assert lines[2:] == [
-        "| 3D, co-trained | 3D, labels only | 0 1 | +3.0 (-9.7 to +15.7) | +4.0 "
-        "| +5.0 (-7.7 to +17.7) |"
-    ]
+    # Worst cases: 74 - 70 and 66 - 60.
+    assert lines[2:] == ["| 3D, co-trained | 3D, labels only | 0 1 | +3.0 | +4.0 | +5.0 |"]
+
+
+def test_an_interval_needs_three_sets_and_shows_on_which_side_of_zero_it_ends(accuracy):
+    zero = pd.Series([0.0, 0.0, 0.0])
+    # t(2) = 4.303; standard errors 1 / sqrt(3) and 0.4 / sqrt(3): 2 +- 2.484 and 1 +- 0.994.
+    assert accuracy._gain(pd.Series([1.0, 2.0, 3.0]), zero) == "+2.0 (-0.5 to +4.5)"
+    assert accuracy._gain(pd.Series([0.6, 1.0, 1.4]), zero) == "**+1.0 (+0.01 to +1.99)**"
+    assert accuracy._gain(pd.Series([1.0, 2.0]), zero) == "+1.5"
 
 
 def test_what_each_number_of_labels_gains_is_put_side_by_side(accuracy, stored):
     standings = accuracy.standings_of(stored)
     assert accuracy.numbers_of({1: standings[:1], 4: standings})[2:] == [
         "| 1 | 0 1 |  |  |  |  |  |  |",
-        "| 4 | 0 1 | 72.5 ± 3.5 | 75.5 ± 2.1 | +3.0 (-9.7 to +15.7) |  |  |  |",
+        "| 4 | 0 1 | 72.5 ± 3.5 | 75.5 ± 2.1 | +3.0 |  |  |  |",
     ]
 
 
@@ -185,27 +191,40 @@ def test_a_report_holds_every_number_of_labels_against_the_one_bound(
 ):
     stored = stored.assign(data="left_atrium", labelled=4)
     few = stored[stored["experiment"] == "own"].assign(labelled=1)
+    stored["labelled"] = stored["labelled"].where(stored["experiment"] != "full", "all")
     masks = {"data": "left_atrium", "labelled": 4, "set": 0, "experiment": "own", "round": 1}
     masks |= {"masks": "of 3d", "true_dice": 0.8, "confidence": 0.9}
     write_table(pd.concat([stored, few]).astype(str), tmp_path / "accuracy.tsv")
     write_table(pd.DataFrame([masks]).astype(str), tmp_path / "masks.tsv")
     page = tmp_path / "docs" / "accuracy.md"
     page.parent.mkdir()
-    page.write_text(f"prose\n{accuracy.MARKER}\nold")
+    page.write_text("prose\n<!-- table left_atrium_1 -->\nold\n<!-- end -->\nmore prose\n")
     monkeypatch.setattr(accuracy, "CLONE", tmp_path)
     monkeypatch.setattr(accuracy, "STORED", tmp_path / "accuracy.tsv")
     monkeypatch.setattr(accuracy, "STORED_MASKS", tmp_path / "masks.tsv")
     accuracy.report(SimpleNamespace())
-    lines = page.read_text().splitlines()
-    assert lines[:2] == ["prose", accuracy.MARKER]
-    titles = [line for line in lines if line.startswith("###")]
-    assert titles == [
-        "### Left atrium, by number of labelled cases",
-        "### Left atrium, 1 labelled",
-        "### Left atrium, 4 labelled",
+    assert page.read_text().splitlines() == [
+        "prose",
+        "<!-- table left_atrium_1 -->",
+        "| method | sets | Dice % | minutes | 3D, co-trained, is above it by |",
+        "|---|---|---|---|---|",
+        "| 3D, labels only | 0 1 | 72.5 ± 3.5 | 10 | +3.0 |",
+        "| **3D, co-trained** | 0 1 | 75.5 ± 2.1 | 10 |  |",
+        "| 3D, all labels | 0 1 | 81.0 ± 0.0 | 10 |  |",
+        "<!-- end -->",
+        "more prose",
+    ]
+    lines = (tmp_path / "docs" / "accuracy_tables.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("##")] == [
+        "## Left atrium, by number of labelled cases",
+        "## Left atrium, 1 labelled",
+        "## Left atrium, 4 labelled",
     ]
     assert sum(line.startswith("| 3D, all labels | 0 1 | 81.0") for line in lines) == 2
     assert (tmp_path / "docs" / "accuracy.png").is_file()
+    page.write_text("<!-- table left_atrium_2 -->\n<!-- end -->\n")
+    with pytest.raises(InputError, match="wants a table 'left_atrium_2'"):
+        accuracy.report(SimpleNamespace())
 
 
 def test_masks_are_judged_by_the_truth_of_unlabelled_cases(accuracy, tmp_path, monkeypatch):
@@ -263,7 +282,7 @@ def test_sets_that_only_one_method_has_are_not_compared(accuracy, stored):
     only = stored[(stored["set"] == 0) | (stored["experiment"] == "own")]
     bound = accuracy.table_of(accuracy.standings_of(only))[4]
     assert bound.startswith("| 3D, all labels | 0 | 81.0 |")
-    assert "| +6.0 |" in bound
+    assert "| +8.5 |" in bound
     # The bound is the same cases in each set: (75.5 - 72.5) / (81 - 72.5).
     assert "| 35 % |" in accuracy.table_of(accuracy.standings_of(only))[3]
 
