@@ -747,8 +747,14 @@ tables of products, which pair the sets that both have.
 def filled(page: str, blocks: dict[str, list[str]]) -> str:
     """Return a page with a table between each `<!-- table NAME -->` and the next `<!-- end -->`.
 
-    Raises InputError where no scores of a table are stored.
+    Raises InputError where no scores of a table are stored, or one of the two lines is missing.
     """
+    marks = re.findall(r"<!-- (table|end)\b", page)
+    if marks != ["table", "end"] * (len(marks) // 2):
+        raise InputError(
+            "docs/accuracy.md wants `<!-- table NAME -->` and `<!-- end -->` in turn, and has "
+            f"{', '.join(marks)}; put back what is missing."
+        )
 
     def table(found: re.Match) -> str:
         if found[1] not in blocks:

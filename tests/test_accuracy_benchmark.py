@@ -225,6 +225,9 @@ def test_a_report_holds_every_number_of_labels_against_the_one_bound(
     page.write_text("<!-- table left_atrium_2 -->\n<!-- end -->\n")
     with pytest.raises(InputError, match="wants a table 'left_atrium_2'"):
         accuracy.report(SimpleNamespace())
+    page.write_text("<!-- table left_atrium_1 -->\n<!-- table left_atrium_4 -->\n<!-- end -->\n")
+    with pytest.raises(InputError, match="has table, table, end; put back"):
+        accuracy.report(SimpleNamespace())
 
 
 def test_masks_are_judged_by_the_truth_of_unlabelled_cases(accuracy, tmp_path, monkeypatch):

@@ -265,9 +265,8 @@ def test_an_image_given_as_a_label_is_one_problem(data):
     data.write_label("case3", image)
     lines = data.error().splitlines()
     # Of 0 to 499 three are background and labels.
-    assert (
-        "case3_label.nii.gz holds 497 values that are no label, such as 3, 4, 5; is it" in lines[1]
-    )
+    assert "case3_label.nii.gz holds 497 values that are not among the labels" in lines[1]
+    assert "such as 3, 4, 5; give the label's path" in lines[1]
     assert len(lines) == 2
 
 

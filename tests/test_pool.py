@@ -25,5 +25,5 @@ def test_results_come_in_the_order_of_the_tasks(jobs):
 
 
 def test_a_process_that_the_system_killed_is_told_of_with_a_remedy():
-    with pytest.raises(InputError, match=r"One of 2 processes .* was killed, .* more mem_mb"):
+    with pytest.raises(InputError, match=r"One of 2 .* was killed, .*mem_mb in set-resources"):
         list(side_by_side(killed_at_two, range(4), jobs=2))

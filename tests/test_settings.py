@@ -201,6 +201,8 @@ def test_a_changed_setting_changes_the_files_of_its_own_stages_only(changes, sta
         ("l: [{a: 1, a: 2}]\n", "has `a` twice, in the lines 1 and 1"),
         ("s: {a: 1}\nt: {a: 1}\n", None),
         ("# nothing\n", None),
+        ('{\n\t"a": 1\n}\n', None),
+        ("x: &x {a: 1}\ny: &y {b: 1}\ns:\n  <<: *x\n  <<: *y\n", None),
     ],
 )
 def test_a_key_that_stands_twice_is_refused(text, sentence, tmp_path):

@@ -397,7 +397,9 @@ def test_warnings_about_the_data_are_shown(experiment, capsys):
 def test_a_comparison_of_experiments_points_to_its_table(tmp_path):
     folder = tmp_path / "results" / "loo"
     write(folder / "comparison" / "comparison.txt")
+    write(tmp_path / "logs" / "comparison.log", "cotrain compare: too few.\n")
     text = status_text(folder, benchmarks=tmp_path, logs=tmp_path / "logs", now=time.time())
+    assert "cotrain compare: too few." in text
     assert "loo compares experiments" in text
     assert str(folder / "comparison" / "comparison.txt") in text
 

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 MAX_PROBLEMS_SHOWN = 20
 MAX_UNKNOWN_VALUES = 5
-"""In a label file; one with more is hardly a label."""
+"""In a label file: with more it is an image, or a file of many other labels."""
 SECONDS_BETWEEN_SAVES = 60
 EXTENT_RATIO = 4
 """A volume so much thinner than every labelled one is a localiser or a lone slice."""
@@ -141,14 +141,16 @@ def problems_of(cases: Sequence[Case], labels: Mapping[str, int]) -> list[str]:
     """Return every problem as a sentence: those of the whole set first, as they explain others."""
     problems = []
     known = ", ".join(["background=0", *(f"{name}={value}" for name, value in labels.items())])
-    for case in cases:
-        if len(case.unknown_values) > MAX_UNKNOWN_VALUES:
-            path = next(iter(case.unknown_values.values()))
-            some = ", ".join(map(str, sorted(case.unknown_values)[:3]))
-            problems.append(
-                f"case {case.name}: {path} holds {len(case.unknown_values)} values that are no "
-                f"label, such as {some}; is it an image? Give the label's path."
-            )
+    many = [case for case in cases if len(case.unknown_values) > MAX_UNKNOWN_VALUES]
+    if many:
+        values = many[0].unknown_values
+        some = ", ".join(map(str, sorted(values)[:3]))
+        others = f" (and {len(many) - 1} more cases)" if len(many) > 1 else ""
+        problems.append(
+            f"case {many[0].name}{others}: {next(iter(values.values()))} holds {len(values)} "
+            f"values that are not among the labels {known}, such as {some}; give the label's path "
+            "if it is an image, and else add these labels to the settings, or merge or remove them."
+        )
     few = [case for case in cases if len(case.unknown_values) <= MAX_UNKNOWN_VALUES]
     for value in sorted({value for case in few for value in case.unknown_values}):
         holders = [case for case in few if value in case.unknown_values]

@@ -24,5 +24,6 @@ def side_by_side(
     except BrokenProcessPool:
         raise InputError(
             f"One of {jobs} processes that each hold a case was killed, most likely because memory "
-            "ran out; give this step more mem_mb (set-resources) or fewer threads (set-threads)."
+            "ran out; give more (mem_mb in set-resources), or fewer processes (--jobs, or "
+            "set-threads in a profile)."
         ) from None

@@ -453,7 +453,11 @@ def check(content: dict, *, model: type[Section] = Settings, source: str = "conf
 
 def refuse_repeated_keys(path: str | Path) -> None:
     """Raise InputError where a YAML file has a key twice, of which the first would go unheard."""
-    nodes = [yaml.compose(Path(path).read_text(), Loader=yaml.SafeLoader)]
+    try:
+        nodes = [yaml.compose(Path(path).read_text(), Loader=yaml.SafeLoader)]
+    except yaml.YAMLError:
+        # Snakemake has read it all the same: JSON with tabs.
+        return
     while nodes:
         node = nodes.pop()
         if isinstance(node, yaml.SequenceNode):
@@ -462,7 +466,7 @@ def refuse_repeated_keys(path: str | Path) -> None:
             lines: dict[str, int] = {}
             for key, value in node.value:
                 line = key.start_mark.line + 1
-                if key.value in lines:
+                if key.value in lines and key.tag != "tag:yaml.org,2002:merge":
                     raise InputError(
                         f"{path} has `{key.value}` twice, in the lines {lines[key.value]} and "
                         f"{line}, and the first would go unheard; join them."

@@ -246,8 +246,10 @@ def status_text(folder: Path, *, benchmarks: Path, logs: Path, now: float) -> st
         elif state.kind in ("waiting", "partly", "interrupted"):
             states[folder / step] = State("failed", found[0])
     if not rounds and (folder / "comparison").is_dir():
-        compared = folder / "comparison" / "comparison.txt"
-        return f"{folder.name} compares experiments, which have a status each; see {compared}\n"
+        compared = [*(folder / "comparison").glob("*.txt")]
+        told = [*failures, *(f"see {path}" for path in compared)]
+        parts = [f"{folder.name} compares experiments, which have a status each", *told]
+        return "\n".join(parts) + "\n"
     parts = [f"experiment {folder.name}, {datetime.fromtimestamp(now):%Y-%m-%d %H:%M}"]
     warnings = _data_warnings(logs / "cases" / "describe_data.log")
     if warnings:

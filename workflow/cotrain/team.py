@@ -120,7 +120,7 @@ def _meet(place: Place, url: str) -> None:
 
 def _join(place: Place, url: str, help_: Callable, arguments: tuple) -> None:
     # Ctrl-C reaches every process of a terminal, and scancel every process of a job. The first one
-    # releases its lock, says why it stops, and kills the others.
+    # releases its lock and kills the others.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_die_with_the_first, daemon=True).start()

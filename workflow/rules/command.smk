@@ -45,15 +45,18 @@ def say_what_is_easily_missed():
 
 
 def refuse_needs_of_no_rule():
-    """Refuse threads and resources for a rule that there is not: Snakemake ignores them."""
+    """Refuse threads and resources for a rule's misspelt name: Snakemake ignores them."""
     rules = {rule.name for rule in workflow.rules}
     asked = workflow.resource_settings
     for name in {*asked.overwrite_resources, *asked.overwrite_threads} - rules:
-        near = difflib.get_close_matches(name, rules, n=1)
-        remedy = f"did you mean `{near[0]}`?" if near else f"there are {sorted(rules)}."
-        raise WorkflowError(
-            f"set-resources or set-threads is for a rule `{name}`, which there is not; {remedy}"
+        said = (
+            f"set-resources or set-threads is for a rule `{name}`, which there is not; "
         )
+        near = difflib.get_close_matches(name, rules, n=1)
+        if near:
+            raise WorkflowError(f"{said}did you mean `{near[0]}`?")
+        # A person's profile may serve other workflows, too.
+        logger.warning(f"{said}there are {', '.join(sorted(rules))}.")
 
 
 def say_what_shares_a_gpu():
