@@ -680,7 +680,9 @@ def draw(standings: dict[str, list[Standing]], path: Path) -> None:
         unused.set_axis_off()
     for axes, (title, panel) in zip(grid, standings.items(), strict=False):
         for line, standing in enumerate(reversed(panel)):
-            colour = "tab:blue" if standing.method.arm == "cotrain" else "0.5"
+            uses_unlabelled = standing.method.arm == "cotrain"
+            others = "tab:orange" if standing.method in BAR else "tab:blue"
+            colour = others if uses_unlabelled else "0.5"
             axes.plot(standing.dice, [line] * len(standing.dice), "o", color=colour, alpha=0.6)
             axes.plot(standing.dice.mean(), line, "|", color=colour, markersize=18)
         axes.set_yticks(range(len(panel)), [each.method.words for each in reversed(panel)])
