@@ -4,6 +4,7 @@ import asyncio
 import difflib
 import os
 import re
+import shutil
 
 from cotrain.errors import InputError
 from cotrain.files import write_json
@@ -63,9 +64,7 @@ def say_what_shares_a_gpu():
     """Warn where nothing keeps this machine's jobs from sharing its GPUs, and their memory."""
     local = not workflow.executor_plugin.common_settings.non_local_exec
     devices = {settings.compute.device for settings in SETTINGS.values()}
-    there = "cuda" in devices or (
-        "auto" in devices and os.path.exists("/dev/nvidiactl")
-    )
+    there = "cuda" in devices or ("auto" in devices and shutil.which("nvidia-smi"))
     if local and there and "gpu" not in workflow.global_resources:
         logger.warning(
             "As many jobs as there are cores may share a GPU, and run out of its memory; give "
