@@ -484,6 +484,9 @@ def all_examined(
 ) -> Iterator[Case]:
     """Yield the cases of all tasks in their order, keeping a progress line on stderr."""
     examine = partial(examined, labels=labels)
+    if jobs == 1:
+        yield from _with_progress(map(examine, tasks), len(tasks))
+        return
     yield from _with_progress(side_by_side(examine, tasks, jobs=jobs, chunksize=4), len(tasks))
 
 

@@ -10,14 +10,11 @@ from cotrain.errors import InputError
 def side_by_side(
     function: Callable, tasks: Sequence, *, jobs: int, chunksize: int = 1
 ) -> Iterator[object]:
-    """Yield `function(task)` of each task, computed by so many processes; with one, by this one.
+    """Yield `function(task)` of each task, computed by so many other processes.
 
     Raises InputError where a process was killed, for which the system's lack of memory is the usual
     reason, and what `function` raises.
     """
-    if jobs == 1:
-        yield from map(function, tasks)
-        return
     try:
         with ProcessPoolExecutor(jobs) as pool:
             yield from pool.map(function, tasks, chunksize=chunksize)

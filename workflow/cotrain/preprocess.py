@@ -101,6 +101,8 @@ def run(arguments: argparse.Namespace) -> None:
         preprocess_case, planned=planned, out_dir=arguments.out_dir, with_label=arguments.with_label
     )
     manifest = []
+    # In processes of their own, be it one: nnU-Net sets Blosc2's threads for a whole process, and
+    # by them the bytes of what that process writes later.
     for done, row in enumerate(side_by_side(one, rows, jobs=arguments.jobs), start=1):
         manifest.append(row)
         print(f"{done}/{len(rows)} {row['case']} {row['shape']}", flush=True)
