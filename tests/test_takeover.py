@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cotrain import slurm
+from cotrain import slurm, workfolder
 from cotrain.errors import InputError
 from cotrain.takeover import notice_of, take_over
 from cotrain.workfolder import HEARTBEAT_LIFETIME
@@ -119,6 +119,25 @@ def test_a_living_command_on_another_machine_is_not_taken_over(folder, queue):
         start("heart", run="ours")
     assert cancelled(folder) == []
     assert json.loads(notice_of("heart").read_text())["run"] == "theirs"
+
+
+@pytest.mark.parametrize(("job", "waits"), [("7", True), ("8", False), ("", False)])
+def test_the_dying_command_of_a_requeued_jobs_last_allocation_is_waited_for(
+    job, waits, monkeypatch
+):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(slurm, "state_of", lambda job: None)
+    # The fixture's path holds no `sleep`.
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(2)"]) as dying:
+        born = workfolder._born(dying.pid)
+        owner = {"host": socket.gethostname(), "pid": dying.pid, "born": born}
+        leave_notice("heart", **owner, slurm_job=job)
+        if waits:
+            start("heart")
+            assert workfolder._born(dying.pid) is None
+        else:
+            with pytest.raises(InputError, match="Another command for heart runs"):
+                start("heart")
 
 
 @pytest.mark.parametrize("notice", [{}, {"heartbeat": time.time(), "ended": True}])

@@ -22,6 +22,8 @@ from cotrain.files import write_atomically
 from cotrain.workfolder import content_of, may_live, owner_here
 
 NOTICES = Path(".snakemake")
+SECONDS_TO_DIE = 60
+"""For the command of a requeued job's last allocation: twice SLURM's default KillWait."""
 
 
 def take_over(
@@ -39,7 +41,7 @@ def take_over(
     """
     notices = {name: content_of(notice_of(name)) for name in makes}
     for name, notice in notices.items():
-        if notice is not None and _may_live(notice):
+        if notice is not None and _lives_on(notice):
             raise InputError(_refusal(name, notice))
     # One that ended by itself left no jobs, so that a local command need not ask about them.
     killed = [name for name, notice in notices.items() if _may_have_left_jobs(notice)]
@@ -106,6 +108,20 @@ class SignsOfLife:
             temporary.write_text(json.dumps(told, indent=2) + "\n")
             # `cotrain status` takes the time of change for the command's beginning.
             os.utime(temporary, (self._began, self._began))
+
+
+def _lives_on(notice: dict) -> bool:
+    """Return whether another command lives; wait for that of this job's last allocation to die.
+
+    SLURM may start a requeued job where the process that it has just ended is not gone yet.
+    """
+    deadline = time.monotonic() + SECONDS_TO_DIE
+    while _may_live(notice):
+        is_this_job = notice["slurm_job"] != "" and notice["slurm_job"] == slurm.own_job()
+        if not is_this_job or time.monotonic() > deadline:
+            return True
+        time.sleep(0.5)
+    return False
 
 
 def _may_live(notice: dict) -> bool:
