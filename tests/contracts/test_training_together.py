@@ -130,9 +130,9 @@ def alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("killed", ["the step", "the other"])
-def test_no_process_outlives_the_other(two_together, tmp_path, killed):
-    words = [str(tmp_path) if w == str(two_together.folder) else w for w in two_together.words]
+def two_at_work(two_together, folder) -> tuple[subprocess.Popen, int]:
+    """Train in `folder`; return the step and the other process, once an epoch is saved."""
+    words = [str(folder) if w == str(two_together.folder) else w for w in two_together.words]
     process = subprocess.Popen(
         [sys.executable, "-m", "cotrain", *words],
         stdout=subprocess.DEVNULL,
@@ -140,9 +140,15 @@ def test_no_process_outlives_the_other(two_together, tmp_path, killed):
         text=True,
     )
     deadline = time.monotonic() + 120
-    while not (tmp_path / "work" / "latest.pth").is_file() and time.monotonic() < deadline:
+    while not (folder / "work" / "latest.pth").is_file() and time.monotonic() < deadline:
         time.sleep(0.05)
     (other,) = processes_of(process.pid)
+    return process, other
+
+
+@pytest.mark.parametrize("killed", ["the step", "the other"])
+def test_no_process_outlives_the_other(two_together, tmp_path, killed):
+    process, other = two_at_work(two_together, tmp_path)
     os.kill(process.pid if killed == "the step" else other, signal.SIGKILL)
     assert process.wait(60) != 0
     deadline = time.monotonic() + 60
@@ -153,17 +159,7 @@ def test_no_process_outlives_the_other(two_together, tmp_path, killed):
 
 
 def test_a_cancelled_job_releases_the_lock_whichever_process_hears_it_first(two_together, tmp_path):
-    words = [str(tmp_path) if w == str(two_together.folder) else w for w in two_together.words]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cotrain", *words],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "work" / "latest.pth").is_file() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    (other,) = processes_of(process.pid)
+    process, other = two_at_work(two_together, tmp_path)
     os.kill(other, signal.SIGTERM)
     os.kill(process.pid, signal.SIGTERM)
     _, said = process.communicate(timeout=60)

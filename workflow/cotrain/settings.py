@@ -61,6 +61,11 @@ class Network2D(Section):
         "encoder was pretrained on.",
     )
 
+    @property
+    def weights_file(self) -> str | None:
+        """The path of the user's own weight file, where the weights are one."""
+        return None if self.weights in ("pypi", "timm", "random") else self.weights
+
 
 class Network3D(Section):
     """The 3D network: nnU-Net's, from its own plans."""
@@ -92,6 +97,11 @@ class Network3D(Section):
         "plan's.",
     )
     batch_size: int | None = Field(None, ge=1, description="Patches in a batch; null: the plan's.")
+
+    @property
+    def architecture_file(self) -> str | None:
+        """The path of the Python file of the user's own network, where there is one."""
+        return self.architecture.rpartition(":")[0] if self.architecture else None
 
     @model_validator(mode="after")
     def _check_whose_network(self) -> "Network3D":
@@ -481,10 +491,9 @@ def refuse_missing_files(settings: Settings, *, source: str) -> None:
     Snakemake asks for a file only where a job is to read it, and takes one that is missing for not
     needed any more where that job was done before.
     """
-    architecture, weights = settings.network_3d.architecture, settings.network_2d.weights
     named = {
-        "network_3d.architecture": architecture.rpartition(":")[0] if architecture else None,
-        "network_2d.weights": None if weights in ("pypi", "timm", "random") else weights,
+        "network_3d.architecture": settings.network_3d.architecture_file,
+        "network_2d.weights": settings.network_2d.weights_file,
     }
     for key, path in named.items():
         if path is not None and not Path(path).is_file():

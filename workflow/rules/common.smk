@@ -350,14 +350,12 @@ def encoder_weights_for(wildcards):
 
 def weights_given_as_file(wildcards):
     """Return the path of the user's own weight file, where the weights are one."""
-    weights = settings_of(wildcards).network_2d.weights
-    return [] if weights in ("pypi", "timm", "random") else weights
+    return settings_of(wildcards).network_2d.weights_file or []
 
 
 def own_network_of(wildcards):
     """Return the Python file of the user's own 3D network, where there is one."""
-    architecture = settings_of(wildcards).network_3d.architecture
-    return architecture.rpartition(":")[0] if architecture else []
+    return settings_of(wildcards).network_3d.architecture_file or []
 
 
 def test_masks_to_average(wildcards):
