@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from cotrain.device import arrange_for_cpu, check_computes, devices_of
+from cotrain.device import (
+    arrange_for_cpu,
+    check_computes,
+    devices_of,
+    is_bf16_faster,
+    precision_of,
+)
 from cotrain.errors import InputError
 from cotrain.settings import Compute
 
@@ -151,3 +157,24 @@ def test_more_gpus_than_there_are_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(InputError, match=r"gpus_per_training is 2, but torch sees 1 GPUs"):
         devices_of(Compute(), count=2)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "is_faster"),
+    [
+        ({"cpu_name": "Intel Xeon Platinum 8488C", "avx512_bf16": True, "amx_bf16": True}, True),
+        # The same CPU in a virtual machine that hides AMX.
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, False),
+        ({"cpu_name": "AMD EPYC 9R14", "avx512_bf16": True, "amx_bf16": False}, True),
+        ({"cpu_name": "AMD EPYC 7R13", "avx512_bf16": False, "amx_bf16": False}, False),
+        ({"architecture": "aarch64", "bf16": True}, False),
+    ],
+)
+def test_a_cpu_trains_in_bf16_only_where_that_is_faster(monkeypatch, capabilities, is_faster):
+    assert is_bf16_faster(capabilities) is is_faster
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    cpu = torch.device("cpu")
+    wanted = "bf16" if is_faster else "fp32"
+    assert precision_of(Compute(), cpu, training=True) == wanted
+    assert precision_of(Compute(), cpu, training=False) == "fp32"
+    assert precision_of(Compute(precision="bf16"), cpu, training=True) == "bf16"
