@@ -278,7 +278,7 @@ def run(arguments: argparse.Namespace) -> None:
     run_workflow(arguments, table, settings, sets, methods, with_peers=bool(peers))
     for place in sets:
         run_peers(arguments.data, place, settings, peers)
-        store(arguments.data, place, settings, asked)
+        store(arguments.data, place, settings, asked, with_minutes=not arguments.without_minutes)
 
 
 def run_workflow(
@@ -364,6 +364,8 @@ def store(
     place: tuple[int, int],
     settings: dict[tuple[int, int, str], Settings],
     methods: list[Method],
+    *,
+    with_minutes: bool,
 ) -> None:
     """Put the scores, minutes and mask qualities of one labelled set into the stored tables."""
     rows, masks = [], []
@@ -386,7 +388,7 @@ def store(
                     "back": method.back,
                     "case": case,
                     **{score: f"{row[score]:.5f}" for score in SCORES},
-                    "minutes": f"{spent:.2f}",
+                    "minutes": f"{spent:.2f}" if with_minutes else "",
                 }
             )
     # Of each experiment once, whatever the number of its methods: it opens every mask.
@@ -530,7 +532,7 @@ def table_of(standings: list[Standing]) -> list[str]:
             _spread(sets["asd_mm"], digits=2),
             _over(standing, named.get(BASELINE)),
             _gap(standing, named.get(BASELINE), named.get(BOUND)),
-            f"{sets['minutes'].mean():.0f}",
+            _minutes(standing),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -550,7 +552,7 @@ def answer_of(standings: list[Standing]) -> list[str]:
         ]
         words = f"**{standing.method.words}**" if is_product else standing.method.words
         cells = [words, " ".join(map(str, standing.sets.index)), _spread(standing.dice)]
-        cells += [f"{standing.sets['minutes'].mean():.0f}", *gains]
+        cells += [_minutes(standing), *gains]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -615,6 +617,12 @@ def _over(standing: Standing, baseline: Standing | None) -> str:
     if standing.method == BOUND:
         return f"{standing.dice.mean() - baseline.dice.mean():+.1f}"
     return _gain(standing.dice, baseline.dice)
+
+
+def _minutes(standing: Standing) -> str:
+    """Return the mean minutes of the sets that have them; nothing where none has."""
+    minutes = standing.sets["minutes"].dropna()
+    return "" if minutes.empty else f"{minutes.mean():.0f}"
 
 
 def _spread(values: pd.Series, *, digits: int = 1) -> str:
@@ -788,6 +796,11 @@ def main() -> None:
         help=f"of {', '.join([*EXPERIMENTS, *PEERS])}; default: all",
     )
     running.add_argument("--cores", type=int, default=2, help="jobs side by side")
+    running.add_argument(
+        "--without-minutes",
+        action="store_true",
+        help="do not store processor minutes: this CPU is of another kind than that of stored ones",
+    )
     running.set_defaults(run=run)
     redrawing = commands.add_parser("report", help="redraw tables and plot from what is stored")
     redrawing.set_defaults(run=report)

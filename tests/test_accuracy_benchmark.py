@@ -192,6 +192,9 @@ def test_a_report_holds_every_number_of_labels_against_the_one_bound(
     stored = stored.assign(data="left_atrium", labelled=4)
     few = stored[stored["experiment"] == "own"].assign(labelled=1)
     stored["labelled"] = stored["labelled"].where(stored["experiment"] != "full", "all")
+    # Trained on a CPU of another kind: all sets with four labels, and one with one label.
+    stored["minutes"] = ""
+    few["minutes"] = few["minutes"].where(few["set"] == 0, "")
     masks = {"data": "left_atrium", "labelled": 4, "set": 0, "experiment": "own", "round": 1}
     masks |= {"masks": "of 3d", "true_dice": 0.8, "confidence": 0.9}
     write_table(pd.concat([stored, few]).astype(str), tmp_path / "accuracy.tsv")
@@ -210,7 +213,7 @@ def test_a_report_holds_every_number_of_labels_against_the_one_bound(
         "|---|---|---|---|---|",
         "| 3D, labels only | 0 1 | 72.5 ± 3.5 | 10 | +3.0 |",
         "| **3D, co-trained** | 0 1 | 75.5 ± 2.1 | 10 |  |",
-        "| 3D, all labels | 0 1 | 81.0 ± 0.0 | 10 |  |",
+        "| 3D, all labels | 0 1 | 81.0 ± 0.0 |  |  |",
         "<!-- end -->",
         "more prose",
     ]
