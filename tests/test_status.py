@@ -23,6 +23,12 @@ from cotrain.workfolder import WorkFolder
 NOW = time.time()
 
 
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch):
+    """Let there be no `squeue`, whatever is installed here."""
+    monkeypatch.setattr("cotrain.status.shutil.which", lambda name: None)
+
+
 def write(path, text=""):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -37,7 +43,7 @@ def work_in(folder, done, total, unit, *, name="step", seconds_ago=0):
     """Leave a working folder as a step does that was killed `seconds_ago`."""
     work = WorkFolder(folder / "work", {}, name=name)
     work.__enter__()
-    work.claim(done=done - 1)
+    work.claim(done=done - 1, total=total)
     work.report(done, total, unit)
     progress = folder / "work" / f"{name}.progress.json"
     sign = json.loads(progress.read_text())
@@ -179,8 +185,18 @@ def test_time_is_added_up_over_arms_rounds_and_shards(tmp_path):
         "cotrain/round-00/pseudo_2d-1": 8, "cotrain/round-00/audit/train_2d": 1,
     }.items():  # fmt: skip
         write(tmp_path / f"{name}.tsv", f"s\th:m:s\tmax_rss\n{seconds}\t0:00:01\t12\n")
-    assert seconds_per_stage(tmp_path) == {
+    results = tmp_path / "results"
+    assert seconds_per_stage(results, benchmarks=tmp_path) == {
         "plan": (1, 5), "train_2d": (3, 300), "pseudo_2d": (2, 15), "audit/train_2d": (1, 1),
+    }  # fmt: skip
+    # The 110 s are those of the last of several allocations, and the 8 s those of a repeat.
+    for name, seconds in {
+        "train_2d/work/step": 5000,
+        "../round-00/pseudo_2d/work/shard-1": 70,
+    }.items():
+        write(results / f"cotrain/round-01/{name}.progress.json", json.dumps({"seconds": seconds}))
+    assert seconds_per_stage(results, benchmarks=tmp_path) == {
+        "plan": (1, 5), "train_2d": (3, 5190), "pseudo_2d": (2, 77), "audit/train_2d": (1, 1),
     }  # fmt: skip
 
 
@@ -333,13 +349,23 @@ def test_an_experiment_without_test_cases_waits_for_no_test(tmp_path):
     assert line == "co-trained | 00 | done | waiting | waiting | waiting | - | - | - | -"
 
 
-def test_an_experiment_without_a_round_says_how_far_its_preparation_is(tmp_path):
+@pytest.mark.parametrize(
+    ("squeue", "command"),
+    [
+        (None, "snakemake --configfile config/demo.yaml"),
+        ("/usr/bin/squeue", "snakemake --profile slurm --configfile config/demo.yaml"),
+    ],
+)
+def test_an_experiment_without_a_round_says_how_far_its_preparation_is(
+    tmp_path, monkeypatch, squeue, command
+):
+    monkeypatch.setattr("cotrain.status.shutil.which", lambda name: squeue)
     folder = tmp_path / "results/demo"
     write(folder / "cases/unlabelled.tsv", "case\timage\tlabel\n")
     text = status_text(folder, benchmarks=tmp_path / "b", logs=tmp_path / "l", now=NOW)
     assert "No round has been started. Cases checked: yes; planned: no; preprocessed: " in text
     assert "labelled 0 of ?, unlabelled 0 of 0, test 0 of ?." in text
-    assert "snakemake --configfile config/demo.yaml" in text
+    assert f"start it: {command}\n" in text
 
 
 def test_cases_still_preprocessed_while_rounds_run_are_counted(experiment):

@@ -9,6 +9,7 @@ import torch
 from cotrain.batches import Case
 from cotrain.errors import InputError
 from cotrain.nnunet import Planned, arrays_of
+from cotrain.settings import Settings, TrainStage, as_yaml, load
 from cotrain.training import Latest, Trainer, inputs_of, learnt_by
 
 
@@ -151,7 +152,8 @@ MANIFEST = "case\tshape\torigin\n"
 @pytest.fixture
 def told(tmp_path) -> Namespace:
     """Return the arguments of a training, with all that tells what it learns from."""
-    (tmp_path / "s.yaml").write_text("seed: 0")
+    settings = Settings(experiment="x", cases="cases.tsv", labels={"organ": 1})
+    (tmp_path / "s.yaml").write_text(as_yaml(settings.train_stage("2d")))
     (tmp_path / "plans.json").write_text("{}")
     (tmp_path / "labelled.tsv").write_text("case\timage\nb\t/old/b.nii.gz\na\t/old/a.nii.gz\n")
     for split in ("labelled", "unlabelled"):
@@ -169,19 +171,29 @@ def told(tmp_path) -> Namespace:
     )
 
 
+def learnt(told: Namespace) -> dict[str, str]:
+    return learnt_by(told, load(told.settings, model=TrainStage))
+
+
 def test_data_that_moved_or_were_shared_out_in_another_way_train_nothing_again(told, tmp_path):
-    before = learnt_by(told)
+    before = learnt(told)
     told.labelled.write_text("case\timage\nb\t/new/b.nii.gz\na\t/new/a.nii.gz\n")
     (tmp_path / "labelled/manifest-0.tsv").write_text(f"{MANIFEST}a\t4x4x4\t111\nc\t4x4x4\t333\n")
     (tmp_path / "labelled/manifest-1.tsv").write_text(f"{MANIFEST}b\t4x4x4\t222\n")
     told.audit.write_text("case\tsoft_sha256\taccepted\treason\nc\t444\ttrue\taccept by ab\n")
-    assert learnt_by(told) == before
+    # Work is told apart by the device that `auto` found.
+    settings = told.settings.read_text()
+    assert "device: auto" in settings
+    told.settings.write_text(settings.replace("device: auto", "device: cuda"))
+    assert learnt(told) == before
 
 
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("s.yaml", "0", "1"),
+        ("s.yaml", "seed: 0", "seed: 1"),
+        ("s.yaml", "precision: auto", "precision: fp32"),
+        ("s.yaml", "gpus_per_training: 1", "gpus_per_training: 2"),
         ("plans.json", "{}", "[]"),
         (
             "labelled.tsv",
@@ -194,17 +206,17 @@ def test_data_that_moved_or_were_shared_out_in_another_way_train_nothing_again(t
     ],
 )
 def test_other_settings_cases_arrays_or_masks_train_again(told, tmp_path, file, old, new):
-    before = learnt_by(told)
+    before = learnt(told)
     text = (tmp_path / file).read_text()
     assert old in text
     (tmp_path / file).write_text(text.replace(old, new))
-    assert learnt_by(told) != before
+    assert learnt(told) != before
 
 
 def test_a_training_that_nobody_teaches_does_not_depend_on_unlabelled_cases(told, tmp_path):
     # They may still be preprocessed while it trains; a new manifest must not cost its epochs.
     told.audit = None
-    before = learnt_by(told)
+    before = learnt(told)
     (tmp_path / "unlabelled/manifest-0.tsv").unlink()
-    assert learnt_by(told) == before
+    assert learnt(told) == before
     assert None not in inputs_of(told)

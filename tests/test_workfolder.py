@@ -121,7 +121,7 @@ def test_a_time_limit_ends_the_process_and_releases_the_lock(tmp_path, holder, n
 def test_work_of_another_identity_is_not_resumable(tmp_path):
     with WorkFolder(tmp_path, {"seed": 1}) as work:
         assert not work.resumable
-        work.claim(done=0)
+        work.claim(done=0, total=9)
     with WorkFolder(tmp_path, {"seed": 1}) as work:
         assert work.resumable
     with WorkFolder(tmp_path, {"seed": 2}) as work:
@@ -130,32 +130,43 @@ def test_work_of_another_identity_is_not_resumable(tmp_path):
 
 def test_the_processor_time_of_interrupted_processes_is_counted(tmp_path):
     with WorkFolder(tmp_path, {"seed": 1}) as work:
-        work.claim(done=0)
+        work.claim(done=0, total=9)
         assert work.cpu_seconds_before == 0
+        time.sleep(0.1)
         work.report(1, 3, "epochs")
-    told = json.loads((tmp_path / "step.progress.json").read_text())["cpu_seconds"]
+    before = json.loads((tmp_path / "step.progress.json").read_text())
+    told = before["cpu_seconds"]
     with WorkFolder(tmp_path, {"seed": 1}) as work:
-        work.claim(done=1)
+        work.claim(done=1, total=9)
         assert work.cpu_seconds_before == told > 0
         work.report(2, 3, "epochs")
-    assert json.loads((tmp_path / "step.progress.json").read_text())["cpu_seconds"] >= 2 * told
+    after = json.loads((tmp_path / "step.progress.json").read_text())
+    assert after["cpu_seconds"] >= 2 * told
+    assert after["seconds"] >= before["seconds"] > 0
     # Other work begins at nothing.
     with WorkFolder(tmp_path, {"seed": 2}) as work:
-        work.claim(done=0)
+        work.claim(done=0, total=9)
         assert work.cpu_seconds_before == 0
 
 
 def test_work_begun_on_another_device_is_refused_and_kept(tmp_path):
     begun = {"seed": 1, "device": "cuda", "precision": "fp16"}
     with WorkFolder(tmp_path, begun) as work:
-        work.claim(done=0)
+        work.claim(done=0, total=9)
     sentence = "was done with cuda fp16, but this process would go on with cpu bf16"
     here = {**begun, "device": "cpu", "precision": "bf16"}
-    with pytest.raises(InputError, match=sentence), WorkFolder(tmp_path, here):
-        pass
+    with pytest.raises(InputError, match=sentence), WorkFolder(tmp_path, here) as work:
+        work.claim(done=3, total=9)
     assert not (tmp_path / "step.lock").exists()
     with WorkFolder(tmp_path, begun) as work:
         assert work.resumable
+    # Snakemake may repeat what is finished, on any node: nothing is left to compute.
+    with WorkFolder(tmp_path, here) as work:
+        assert work.resumable
+        work.claim(done=9, total=9)
+    with WorkFolder(tmp_path, begun) as work:
+        assert work.resumable
+        work.claim(done=9, total=9)
     # With other settings it is other work, whatever the device.
     with WorkFolder(tmp_path, {**here, "seed": 2}) as work:
         assert not work.resumable
@@ -164,12 +175,12 @@ def test_work_begun_on_another_device_is_refused_and_kept(tmp_path):
 def test_every_process_that_worked_on_it_is_noted(tmp_path):
     for done in (0, 3):
         with WorkFolder(tmp_path, {"seed": 1}) as work:
-            work.claim(done=done)
+            work.claim(done=done, total=9)
     header, *rows = (tmp_path / "step.starts.tsv").read_text().splitlines()
     assert header.split("\t")[-1] == "done"
     assert [row.split("\t")[-1] for row in rows] == ["0", "3"]
     with WorkFolder(tmp_path, {"seed": 2}) as work:
-        work.claim(done=0)
+        work.claim(done=0, total=9)
     assert len((tmp_path / "step.starts.tsv").read_text().splitlines()) == 2
 
 
@@ -201,7 +212,7 @@ def test_an_error_is_kept_until_the_step_is_tried_again(tmp_path):
 
 def test_progress_says_how_much_is_done_and_left(tmp_path):
     with WorkFolder(tmp_path, {}) as work:
-        work.claim(done=4)
+        work.claim(done=4, total=9)
         work._started -= 10
         # Resumed with 4 of 8 done: one epoch in 10 s, three are left.
         assert work.report(5, 8, "epochs", loss=0.5) == pytest.approx(30, abs=1)

@@ -9,7 +9,7 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import blosc2
@@ -29,7 +29,7 @@ from cotrain.files import read_table, sha256_of, write_table
 from cotrain.masks import MANIFEST_COLUMNS, labels_on_image_grid, quantised, write_mask
 from cotrain.nnunet import Planned, arrays_of
 from cotrain.provenance import keep_provenance
-from cotrain.settings import Inference, InferStage, Section, load
+from cotrain.settings import Inference, InferStage, Section, learnt_of, load
 from cotrain.shards import remove_manifests_beyond, shard_of
 from cotrain.slices import patch_of, slices_of
 from cotrain.workfolder import WorkFolder
@@ -203,24 +203,27 @@ def make_mask_set(
     inputs: list[Path],
     slabs_of: Callable[[str], Iterable[tuple[torch.Tensor, np.ndarray]]],
     settings: Section,
+    sources: Sequence[Path] = (),
     **facts: object,
 ) -> None:
     """Write the mask set of one shard, going on after the last finished case.
 
+    A finished case stays where others are added, taken away or preprocessed anew.
+
     slabs_of: function of a case's path without suffix that yields slabs `(scores, soft)` from the
     first slice to the last: logits or probabilities `(K, d, Y, X)` and the soft mask
-    `(K-1, d, Y, X)` uint8. inputs: files whose change makes finished cases worthless. facts: added
-    to the provenance.
+    `(K-1, d, Y, X)` uint8. inputs: files whose change makes all finished cases worthless. sources:
+    manifests of the masks that these are made from, case by case. facts: added to the provenance.
     """
     rows = shard_of(
         read_table(arguments.cases).to_dict("records"), arguments.shard, arguments.shards
     )
     # Other shards may still be preprocessed.
-    arrays = arguments.preprocessed / arguments.split / f"manifest-{arguments.shard}.tsv"
-    inputs = [*inputs, arrays]
+    preprocessed = arguments.preprocessed / arguments.split / f"manifest-{arguments.shard}.tsv"
+    made_from = _made_from(preprocessed, sources)
     identity = {
-        "cases": [row["case"] for row in rows],
         "inputs": {str(path): sha256_of(path) for path in inputs},
+        "settings": learnt_of(settings),
         **facts,
     }
     work = WorkFolder(arguments.out_dir / "work", identity, name=f"shard-{arguments.shard}")
@@ -228,15 +231,15 @@ def make_mask_set(
         finished = work.folder / f"shard-{arguments.shard}.finished.jsonl"
         provenance = work.folder / f"shard-{arguments.shard}.provenance.json"
         manifest_path = arguments.out_dir / f"manifest-{arguments.shard}.tsv"
-        if work.resumable and manifest_path.is_file():
-            # By another job, for which this one waited: newer files would rerun what follows.
-            print(f"{manifest_path} is finished already; it stays as it is.", flush=True)
-            return
         if not work.resumable:
             for left_over in (finished, provenance, manifest_path):
                 left_over.unlink(missing_ok=True)
-        manifest = _finished_rows(finished)
-        work.claim(done=len(manifest))
+        manifest = _finished_rows(finished, made_from)
+        if manifest_path.is_file() and _has_all(manifest_path, manifest, rows):
+            # By another job, for which this one waited: newer files would rerun what follows.
+            print(f"{manifest_path} is finished already; it stays as it is.", flush=True)
+            return
+        work.claim(done=len(manifest), total=len(rows))
         if manifest:
             # Snakemake has removed the log of the process before.
             for number, made in enumerate(manifest, start=1):
@@ -268,7 +271,8 @@ def make_mask_set(
             work.insist()
             manifest.append(made)
             with open(finished, "a") as opened:
-                opened.write(json.dumps(made) + "\n")
+                noted = {**made, "made_from": made_from[row["case"]]}
+                opened.write(json.dumps(noted) + "\n")
             print(_line_of(made, done=number, total=len(rows)), end="", flush=True)
             left = work.report(number, len(rows), "cases")
             print(f"  {left:.0f} s left", flush=True)
@@ -278,7 +282,7 @@ def make_mask_set(
             is_repeat=not missing,
             settings=settings,
             seed=None,
-            inputs=inputs,
+            inputs=[*inputs, preprocessed, *sources],
             cpu_seconds_before=work.cpu_seconds_before,
             **facts,
         )
@@ -309,17 +313,42 @@ def _kept_soft(
         yield scores
 
 
-def _finished_rows(path: Path) -> list[dict]:
-    """Return the manifest rows of finished cases whose files are there as they were made.
+def _made_from(preprocessed: Path, sources: Sequence[Path]) -> dict[str, list[str]]:
+    """Return hashes of what each case's masks are made from: its arrays, and its source masks."""
+    table = read_table(preprocessed)
+    made_from = {
+        case: [origin] for case, origin in zip(table["case"], table["origin"], strict=True)
+    }
+    for path in sources:
+        for made in read_table(path).to_dict("records"):
+            # Another shard's cases are in these manifests, too.
+            if made["case"] in made_from:
+                made_from[made["case"]].append(made["soft_sha256"])
+    return made_from
 
-    path: `work/shard-N.finished.jsonl` of a mask set. A line cut short by a kill does not count.
+
+def _finished_rows(path: Path, made_from: dict[str, list[str]]) -> list[dict]:
+    """Return the noted rows of finished cases whose files are there as they were made.
+
+    path: `work/shard-N.finished.jsonl` of a mask set. made_from: what each case's masks are made
+    from now. A line cut short by a kill does not count.
     """
     if not path.is_file():
         return []
     # One edited or deleted is made again: an audit that refused it says how to get there.
-    rows = [row for row in noted_rows(path) if _is_whole(row, path.parents[1])]
+    rows = [
+        row
+        for row in noted_rows(path)
+        if row.get("made_from") == made_from.get(row["case"]) and _is_whole(row, path.parents[1])
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
+
+
+def _has_all(manifest: Path, finished: list[dict], rows: list[dict]) -> bool:
+    """Return whether a manifest is that of these finished cases, and they are all of `rows`."""
+    wanted = [row["case"] for row in rows]
+    return len(finished) == len(wanted) and list(read_table(manifest)["case"]) == wanted
 
 
 def noted_rows(path: Path) -> list[dict]:
@@ -367,7 +396,7 @@ def run(arguments: argparse.Namespace) -> None:
     make_mask_set(
         arguments,
         planned,
-        inputs=[arguments.checkpoint, arguments.settings, arguments.preprocessed / "plans.json"],
+        inputs=[arguments.checkpoint, arguments.preprocessed / "plans.json"],
         slabs_of=slabs_of,
         settings=stage,
         network=arguments.network,

@@ -49,7 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
     make_mask_set(
         arguments,
         planned,
-        inputs=[*manifests, arguments.preprocessed / "plans.json"],
+        inputs=[arguments.preprocessed / "plans.json"],
+        sources=manifests,
         slabs_of=slabs_of,
         settings=Section(),
         masks=[str(each) for each in arguments.masks],

@@ -5,6 +5,7 @@ parses it again. Threads, memory and partitions are not settings; rules and prof
 """
 
 import difflib
+import hashlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from cotrain.errors import InputError
 
 Network = Literal["2d", "3d"]
 Share = Annotated[float, Field(ge=0, le=1)]
+Size = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
@@ -46,7 +48,7 @@ class Network2D(Section):
         "full", description="What of the encoder is trained: all, low-rank adapters, or nothing."
     )
     lora_rank: int = Field(64, ge=1, description="Rank of the adapters when adaptation is lora.")
-    patch_size: tuple[int, int] | None = Field(
+    patch_size: tuple[Size, Size] | None = Field(
         None,
         description="Height and width of a training slice in voxels of the preprocessed grid; "
         "null: the median case's in-plane size, rounded up to a multiple of 32, at most 512.",
@@ -86,12 +88,12 @@ class Network3D(Section):
     gpu_memory_gb: float | None = Field(
         None, gt=0, description="GPU memory nnU-Net plans for; null: the planner's own target."
     )
-    features_per_stage: tuple[int, ...] | None = Field(
+    features_per_stage: Annotated[tuple[Size, ...], Field(min_length=1)] | None = Field(
         None,
         description="Channels of each resolution stage, e.g. [8, 16, 32, 64] for a CPU; also sets "
         "the number of stages; null: the plan's.",
     )
-    patch_size: tuple[int, int, int] | None = Field(
+    patch_size: tuple[Size, Size, Size] | None = Field(
         None,
         description="Training patch in voxels, in the order of the preprocessed axes; null: the "
         "plan's.",
@@ -442,6 +444,16 @@ class InferStage(Section):
 
     inference: Inference
     compute: Compute
+
+
+def learnt_of(stage: Section) -> str:
+    """Return a hash of all settings of a stage but the device, of which `auto` may be either.
+
+    What is unfinished is told by the device that it was begun on.
+    """
+    content = stage.model_dump(mode="json")
+    content.get("compute", {}).pop("device", None)
+    return hashlib.sha256(yaml.safe_dump(content).encode()).hexdigest()
 
 
 def as_yaml(section: Section) -> str:

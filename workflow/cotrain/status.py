@@ -19,6 +19,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterable
 from datetime import datetime
@@ -205,9 +206,11 @@ def failures_in(logs: Path, *, since: float) -> dict[str, list[str]]:
 # ------------------------------------------------------------------------------------- text
 
 
-def seconds_per_stage(benchmarks: Path) -> dict[str, tuple[int, float]]:
-    """Return each stage's jobs and seconds from Snakemake's benchmark tables (column `s`).
+def seconds_per_stage(folder: Path, *, benchmarks: Path) -> dict[str, tuple[int, float]]:
+    """Return each stage's finished jobs and their seconds, over all allocations that they took.
 
+    Where a step of the experiment in `folder` has a working folder, it tells; Snakemake's benchmark
+    tables (column `s`) know but the last allocation, and a repeat of seconds hides what it took.
     A stage is a table's path without its arm, round and shard: `cotrain/round-00/pseudo_2d-1.tsv`
     and `cotrain/round-01/pseudo_2d-0.tsv` are two jobs of `pseudo_2d`.
     """
@@ -218,8 +221,11 @@ def seconds_per_stage(benchmarks: Path) -> dict[str, tuple[int, float]]:
         name = re.sub(rf"({CO_TRAINED}|{CONTROL}|round-\d+)", "", name)
         stage = "/".join(part.strip("_-") for part in name.split("/") if part.strip("_-"))
         jobs, seconds = spent.get(stage, (0, 0.0))
-        rows = read_table(table)["s"]
-        spent[stage] = (jobs + len(rows), seconds + sum(map(float, rows)))
+        step, _, shard = table.stem.partition("-")
+        work = folder / table.relative_to(benchmarks).parent / step / "work"
+        told = content_of(work / f"{f'shard-{shard}' if shard else 'step'}.progress.json") or {}
+        took = told.get("seconds") or sum(map(float, read_table(table)["s"]))
+        spent[stage] = (jobs + 1, seconds + took)
     return spent
 
 
@@ -281,7 +287,7 @@ def status_text(folder: Path, *, benchmarks: Path, logs: Path, now: float) -> st
     failures += [state.detail for state in states.values() if state.kind == "failed"]
     if failures:
         parts.append("failed\n" + "\n".join(f"  {failure}" for failure in failures))
-    spent = seconds_per_stage(benchmarks)
+    spent = seconds_per_stage(folder, benchmarks=benchmarks)
     if spent:
         parts.append(_time_table(spent))
     parts.append("look next\n" + "\n".join(f"  {line}" for line in _look_next(folder, logs=logs)))
@@ -482,7 +488,9 @@ def _look_next(folder: Path, *, logs: Path) -> list[str]:
 def _command_for(experiment: str) -> str:
     """Return the command that runs an experiment, whose settings may lie anywhere."""
     ours = Path(f"config/{experiment}.yaml")
-    return f"snakemake --configfile {ours if ours.is_file() else 'SETTINGS.yaml'}"
+    # Without the profile, a cluster's login node would do all the work itself.
+    profile = " --profile slurm" if shutil.which("squeue") else ""
+    return f"snakemake{profile} --configfile {ours if ours.is_file() else 'SETTINGS.yaml'}"
 
 
 # ---------------------------------------------------------------------------------- command

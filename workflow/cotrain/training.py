@@ -34,7 +34,7 @@ from cotrain.losses import DiceAndSoftCrossEntropy
 from cotrain.nnunet import Planned, arrays_in, arrays_of, manifests_of
 from cotrain.provenance import keep_provenance
 from cotrain.schedule import Schedule, Window
-from cotrain.settings import TrainStage, load
+from cotrain.settings import TrainStage, learnt_of, load
 from cotrain.team import Place, team
 from cotrain.workfolder import WorkFolder
 
@@ -469,16 +469,16 @@ def inputs_of(arguments: argparse.Namespace) -> list[Path]:
     return [*(path for path in given if path is not None), *manifests]
 
 
-def learnt_by(arguments: argparse.Namespace) -> dict[str, str]:
+def learnt_by(arguments: argparse.Namespace, stage: TrainStage) -> dict[str, str]:
     """Return hashes of all that a training learns from: a change discards its finished epochs.
 
     Not of where the data lie, who judged a mask, or how many jobs preprocessed the cases: what only
     tells of the same things in another way must not train again.
     """
-    files = ("settings", "previous", "encoder_weights")
-    learnt = {
-        name: sha256_of(path) for name in files if (path := getattr(arguments, name)) is not None
-    }
+    learnt = {"settings": learnt_of(stage)}
+    for name in ("previous", "encoder_weights"):
+        if (path := getattr(arguments, name)) is not None:
+            learnt[name] = sha256_of(path)
     learnt["plans"] = sha256_of(arguments.preprocessed / "plans.json")
     # Their order decides which is drawn.
     cases = "\n".join(read_table(arguments.labelled)["case"])
@@ -532,7 +532,7 @@ def run(arguments: argparse.Namespace) -> None:
         # Another number format would go on with other bits, without a word.
         "device": devices[0].type,
         "precision": precision_of(stage.compute, devices[0], training=True),
-        "inputs": learnt_by(arguments),
+        "inputs": learnt_by(arguments, stage),
     }
     with WorkFolder(arguments.out_dir / "work", identity) as work:
         checkpoint = arguments.out_dir / "checkpoint.pth"
@@ -581,7 +581,8 @@ def _train_round(
                 f"{window.start}, but --previous {arguments.previous} ends at {trainer.epoch}; "
                 "give the checkpoint of the round before."
             )
-        work.claim(done=trainer.epoch - window.start)
+        total = window.stop - window.start
+        work.claim(done=trainer.epoch - window.start, total=total)
         kept = Latest(trainer, latest, saved_epoch=trainer.epoch if resuming else None)
         parameters = sum(each.numel() for each in trainer.network.parameters())
         together = f" and {place.size - 1} more together" if place.size > 1 else ""
@@ -594,7 +595,6 @@ def _train_round(
         )
         from torch.utils.tensorboard import SummaryWriter
 
-        total = window.stop - window.start
         had_all = trainer.epoch == window.stop
         if had_all:
             print(f"Nothing is left to train: {latest} has all epochs of this round.", flush=True)

@@ -64,10 +64,13 @@ class WorkFolder:
         self.identity = identity
         self.name = name
         self.resumable = False
+        self._begun_elsewhere = ""
         self.cpu_seconds_before = 0.0
+        self._seconds_before = 0.0
         self._lock = self.folder / f"{name}.lock"
         self._identity_file = self.folder / f"{name}.identity.json"
         self._error_file = self.folder / f"{name}.error.txt"
+        self._progress_file = self.folder / f"{name}.progress.json"
         self._owner = owner_here()
         self._starts_file = self.folder / f"{name}.starts.tsv"
         self._ends = slurm.own_end()
@@ -93,11 +96,7 @@ class WorkFolder:
         # An epoch or a case may take longer than a lock of another machine is believed.
         self._pulse.start()
         self._error_file.unlink(missing_ok=True)
-        try:
-            self.resumable = self._is_of_this_identity()
-        except InputError:
-            self.__exit__(None, None, None)
-            raise
+        self.resumable = self._is_of_this_identity()
         self._say_when_the_job_ends()
         return self
 
@@ -125,11 +124,14 @@ class WorkFolder:
                 " ".join(identity.get(key, "") for key in ("device", "precision")).strip()
                 for identity in (found, self.identity)
             )
-            raise InputError(
+            # Where all is finished, a repeat computes nothing, and it stays what it is.
+            self.identity = found
+            self._begun_elsewhere = (
                 f"The unfinished work in {self.folder} was done with {begun}, but this process "
                 f"would go on with {here}; ask for the same kind of node (a constraint, or "
                 "compute.device and compute.precision), or remove that folder to begin again."
             )
+            return True
         return False
 
     def __exit__(self, kind, error, trace) -> None:
@@ -138,23 +140,31 @@ class WorkFolder:
         self._restore_signals()
         if self._is_ours():
             if isinstance(error, Exception):
-                write_text(f"{type(error).__name__}: {error}\n", self._error_file)
+                # Not where a full quota is the error: the lock must go all the same.
+                with contextlib.suppress(OSError):
+                    write_text(f"{type(error).__name__}: {error}\n", self._error_file)
             self._lock.unlink()
         if self._leaving:
             # Last, because SLURM ends this process at once, and a lock would be left behind.
             _requeue()
 
-    def claim(self, *, done: int) -> None:
+    def claim(self, *, done: int, total: int) -> None:
         """Say that the work in the folder belongs to this identity, and that so much is done.
 
-        done: finished epochs or cases that this process goes on from. Each process adds a line to
-        `<name>.starts.tsv`: as many lines, as many allocations worked on the step.
+        done: finished epochs or cases, of `total`, that this process goes on from. Each process
+        adds a line to `<name>.starts.tsv`: as many lines, as many allocations worked on the step.
+
+        Raises InputError where unfinished work was begun on another device or in another number
+        format, which this process would go on with to other bits.
         """
-        progress_file = self.folder / f"{self.name}.progress.json"
+        if self._begun_elsewhere and done < total:
+            raise InputError(self._begun_elsewhere)
         if not self.resumable:
-            for left_over in (self._starts_file, progress_file):
+            for left_over in (self._starts_file, self._progress_file):
                 left_over.unlink(missing_ok=True)
-        self.cpu_seconds_before = (content_of(progress_file) or {}).get("cpu_seconds", 0.0)
+        before = content_of(self._progress_file) or {}
+        self.cpu_seconds_before = before.get("cpu_seconds", 0.0)
+        self._seconds_before = before.get("seconds", 0.0)
         write_json(self.identity, self._identity_file)
         is_new = not self._starts_file.exists()
         with open(self._starts_file, "a") as table:
@@ -206,9 +216,10 @@ class WorkFolder:
                 "seconds_left": round(left),
                 **more,
                 "updated": now,
+                "seconds": round(self._seconds_before + now - self._started, 1),
                 "cpu_seconds": round(self.cpu_seconds_before + cpu_seconds(), 1),
             },
-            self.folder / f"{self.name}.progress.json",
+            self._progress_file,
         )
         if done < total and self._time_is_up():
             before_leaving()
