@@ -141,6 +141,24 @@ def test_a_verdict_that_outlived_its_mask_is_followed_but_told(audit, masks, cap
     assert table.loc["flipped_u", "reason"] == "exclude by a reader 2025-01-02"
 
 
+def test_an_empty_mask_does_not_teach_by_a_verdict_on_the_one_before(audit, masks):
+    audit()
+    manifest = read_table(masks / "manifest-0.tsv").set_index("case")
+    again = masks / "flipped_u.nii.gz"
+    altered(str(again), lambda array: array.fill(0), masks / "new.nii.gz")
+    (masks / "new.nii.gz").replace(again)
+    manifest.loc["flipped_u", ["mask_sha256", "volume_ml"]] = [sha256_of(again), "0"]
+    manifest.to_csv(masks / "manifest-0.tsv", sep="\t")
+    table = audit(verdict("flipped_u", "accept"))
+    assert table.loc["flipped_u", ["accepted", "reason"]].tolist() == [
+        "false",
+        "the mask is empty (accept by a reader 2025-01-01; given on an earlier mask of this case, "
+        "look again)",
+    ]
+    looked_again = (*verdict("flipped_u", "accept")[:-1], "2025-01-02")
+    assert audit(looked_again).loc["flipped_u", "accepted"] == "true"
+
+
 def test_the_last_verdict_on_a_mask_counts_and_other_rounds_and_masks_do_not(audit):
     table = audit(verdict("flipped_u", "exclude"), verdict("flipped_u", "accept"))
     assert table.loc["flipped_u", "accepted"] == "true"
@@ -167,8 +185,17 @@ def test_of_the_sources_of_a_mean_exclude_wins_then_replace():
     assert verdict_on("a", sources, both)["verdict"] == "exclude"
     replaced = review(("1", "pseudo_2d", "replace"), ("0", "pseudo_3d", "accept"))
     assert verdict_on("a", sources, replaced)["mask"] == "replace.nii.gz"
-    of_the_mean = review(("1", "teacher_3d", "exclude"), ("0", "pseudo_3d", "replace"))
-    assert verdict_on("a", sources, of_the_mean)["verdict"] == "exclude"
+    # A mean that was looked at itself decides, unless it was but accepted.
+    for own, of_source, decides in (
+        ("exclude", "replace", "exclude"),
+        ("replace", "exclude", "replace"),
+        ("accept", "exclude", "exclude"),
+    ):
+        both_kinds = review(("1", "teacher_3d", own), ("0", "pseudo_3d", of_source))
+        assert verdict_on("a", sources, both_kinds)["verdict"] == decides
+    two = review(("1", "pseudo_2d", "replace"), ("1", "teacher_3d", "replace"))
+    two.loc[1, "mask"] = "of_the_mean.nii.gz"
+    assert verdict_on("a", sources, two)["mask"] == "of_the_mean.nii.gz"
     assert verdict_on("a", sources, review(("0", "pseudo_2d", "exclude"))) is None
     assert verdict_on("b", sources, both) is None
 

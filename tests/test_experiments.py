@@ -31,6 +31,14 @@ def test_without_a_table_a_file_is_one_experiment():
     assert groups == {}
 
 
+def test_a_review_of_all_experiments_is_refused_and_one_of_each_is_not(tmp_path):
+    content = table(tmp_path, "experiment review\none one.tsv\ntwo \n")
+    experiments, _ = experiments_of(content, source="x")
+    assert [str(each.review) for each in experiments.values()] == ["one.tsv", "None"]
+    with pytest.raises(InputError, match=r"x: `review` beside `experiments` would judge .* column"):
+        experiments_of({**content, "review": "shared.tsv"}, source="x")
+
+
 def test_a_row_changes_what_its_cells_say_and_nothing_else(tmp_path):
     content = table(
         tmp_path,

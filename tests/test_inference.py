@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import blosc2
@@ -20,7 +21,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from cotrain.__main__ import main
 from cotrain.errors import InputError
-from cotrain.files import read_table, sha256_of
+from cotrain.files import read_table, sha256_of, write_table
 from cotrain.inference import logit_slabs, soft_mask_of, windows
 from cotrain.masks import (
     _in_order,
@@ -30,8 +31,15 @@ from cotrain.masks import (
     with_background,
 )
 from cotrain.merge import mean_of
+from cotrain.nifti import orientation_of
 from cotrain.nnunet import Planned
-from cotrain.predict import check_replaces_nothing, final_checkpoints, hand_over, stage_on
+from cotrain.predict import (
+    check_replaces_nothing,
+    checked_table,
+    final_checkpoints,
+    hand_over,
+    stage_on,
+)
 from cotrain.settings import Inference
 
 CPU = torch.device("cpu")
@@ -345,6 +353,40 @@ def test_a_killed_mask_set_goes_on_with_the_next_case_to_the_same_bytes(
     assert content_of(folder) == content_of(tmp_path / "undisturbed")
 
 
+def test_masks_stay_where_a_case_is_added_and_another_is_preprocessed_anew(
+    tiny, pseudo_masks, cotrain, tmp_path, capsys
+):
+    rows = read_table(tiny.tables["unlabelled"])
+    cases, folder = tmp_path / "cases.tsv", tmp_path / "mean"
+    preprocessed = tmp_path / "preprocessed"
+    shutil.copytree(tiny.preprocessed, preprocessed)
+    words = ["merge", "--masks", pseudo_masks, pseudo_masks, "--preprocessed", preprocessed]
+    words += ["--split", "unlabelled", "--cases", cases, "--out-dir", folder]
+    write_table(rows.drop(index=1), cases)
+    cotrain(*words)
+    manifest = read_table(folder / "manifest-0.tsv")
+    made = {case: (folder / f"{case}.nii.gz").stat().st_mtime_ns for case in manifest["case"]}
+    assert list(made) == [rows["case"][number] for number in (0, 2, 3)]
+    write_table(rows, cases)
+    arrays = preprocessed / "unlabelled" / "manifest-0.tsv"
+    table = read_table(arrays)
+    table.loc[table["case"] == rows["case"][2], "origin"] = "another"
+    write_table(table, arrays)
+    capsys.readouterr()
+    cotrain(*words)
+    assert "Resuming after 2 finished cases" in capsys.readouterr().out
+    assert list(read_table(folder / "manifest-0.tsv")["case"]) == list(rows["case"])
+    kept = [
+        case
+        for case, time in made.items()
+        if (folder / f"{case}.nii.gz").stat().st_mtime_ns == time
+    ]
+    assert kept == [rows["case"][0], rows["case"][3]]
+    # All are there: nothing is written again.
+    cotrain(*words)
+    assert "is finished already; it stays as it is" in capsys.readouterr().out
+
+
 def test_cases_of_another_shard_preprocessed_meanwhile_discard_nothing(
     tiny, killed, cotrain, capsys
 ):
@@ -443,6 +485,25 @@ def test_prediction_replaces_neither_an_image_nor_a_corrected_mask(
     shutil.copy(tmp_path / f"{cases[1]}.nii.gz", tmp_path / f"{cases[0]}.nii.gz")
     with pytest.raises(InputError, match=rf"{cases[0]}\.nii\.gz and 1 more would be replaced"):
         check_replaces_nothing([*cases, "new"], tmp_path)
+
+
+def test_images_in_an_orientation_that_was_not_learnt_are_warned_of(tiny, tmp_path, capsys):
+    rows = {row["case"]: row["image"] for row in tiny.rows("unlabelled")}
+    for case in ("straight_u", "flipped_u"):
+        shutil.copy(rows[case], tmp_path / f"{case}.nii.gz")
+    planned = Planned.read(tiny.preprocessed)
+    assert planned.dataset["orientations"] == sorted(
+        {orientation_of(row["image"]) for row in tiny.rows("labelled")}
+    )
+    arguments = Namespace(images=[tmp_path], channel_suffix=[], threads=1)
+    of_straight = {**planned.dataset, "orientations": [orientation_of(rows["straight_u"])]}
+    checked_table(arguments, Planned(planned.plans, of_straight))
+    said = capsys.readouterr().out
+    assert "WARNING: 1 of 2 images are stored in another orientation" in said
+    assert f"such as flipped_u ({orientation_of(rows['flipped_u'])})" in said
+    both = {**planned.dataset, "orientations": sorted(map(orientation_of, rows.values()))}
+    checked_table(arguments, Planned(planned.plans, both))
+    assert "WARNING" not in capsys.readouterr().out
 
 
 def test_networks_that_did_not_end_the_same_run_are_not_averaged(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 
 from cotrain.errors import InputError
 from cotrain.nifti import (
+    check_channels,
     check_image,
     check_same_grid,
     orientation,
@@ -227,6 +228,27 @@ def test_a_rounded_affine_is_the_same_grid(tmp_path):
     a = write_image(tmp_path / "a.nii.gz", affine)
     b = write_image(tmp_path / "b.nii.gz", affine.round(4))
     check_same_grid(a, b)
+
+
+def test_channels_whose_sizes_differ_at_all_are_refused(tmp_path):
+    sizes = [0.488281, 0.4883, 0.488281 + 1e-7]
+    a, b, c = (
+        write_image(tmp_path / f"{name}.nii.gz", np.diag([size, 1, 1, 1.0]))
+        for name, size in zip("abc", sizes, strict=True)
+    )
+    check_same_grid(a, b)
+    check_channels(a, c)
+    sentence = r"b\.nii\.gz has voxels of 0\.4883x1\.0x1\.0 mm and .* of 0\.488281x1\.0x1\.0 mm"
+    with pytest.raises(InputError, match=sentence):
+        check_channels(a, b)
+
+
+def test_a_label_that_is_nearly_whole_is_told_with_all_its_digits(tmp_path):
+    labels = np.zeros((4, 5, 6), np.float64)
+    labels[0] = 1 + 1e-7
+    path = write_image(tmp_path / "label.nii.gz", np.eye(4), array=labels)
+    with pytest.raises(InputError, match=r"label value 1\.000000\d+, .* \(scl_slope\)"):
+        read_labels(path)
 
 
 def test_geometry_by_hand():

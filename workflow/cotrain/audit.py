@@ -36,13 +36,17 @@ COLUMNS = [
 def verdict_on(case: str, sources: list[str], review: pd.DataFrame) -> dict | None:
     """Return the verdict that decides for a case, or None where nobody judged it.
 
-    sources: the mask sets its teaching mask was made from, as `round-01/pseudo_3d`. The last
-    verdict on a mask counts; over several sources exclude wins, then replace: a mean with a mask
-    that a person threw out is not taught.
+    sources: the mask sets its teaching mask was made from, as `round-01/pseudo_3d`, and in the end
+    the one that teaches. The last verdict on a mask counts. Whoever threw out or replaced the one
+    that teaches decides; else, over them all, exclude wins, then replace: a mean with a mask that a
+    person threw out is not taught.
     """
     rows = [row for row in review.to_dict("records") if row["case"] == case]
     # Of each mask the last one, in the order of the sources.
     last = {masks_of(row): row for row in rows}
+    of_teaching = last.get(sources[-1])
+    if of_teaching is not None and of_teaching["verdict"] != "accept":
+        return of_teaching
     found = [last[source] for source in sources if source in last]
     for verdict in ("exclude", "replace", "accept"):
         for row in found:
@@ -257,6 +261,9 @@ def run(arguments: argparse.Namespace) -> None:
             and judged[as_text(verdict)] != masks[masks_of(verdict)][made["case"]]
         ):
             audited["reason"] += f"; {OUTLIVED}"
+            if audited["accepted"] == "true" and float(audited["volume_ml"]) == 0:
+                # Who accepted the one before has not seen that this one is empty.
+                audited |= {"accepted": "false", "reason": f"{EMPTY} ({audited['reason']})"}
             print(f"{made['case']}: {audited['reason']}.")
         table.append(audited)
     frame = pd.DataFrame(table, columns=COLUMNS)

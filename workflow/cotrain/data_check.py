@@ -31,6 +31,7 @@ from cotrain.cases import SPLITS, cases_of, labels_from, read_cases
 from cotrain.errors import InputError
 from cotrain.files import write_json, write_table, write_text
 from cotrain.nifti import (
+    check_channels,
     check_image,
     check_same_grid,
     orientation,
@@ -119,7 +120,7 @@ def examined(task: tuple[dict[str, str], bool], *, labels: Mapping[str, int]) ->
         if channel is not None:
             _add_channel(case, channel[0], digest)
             if first is not None:
-                tried(check_same_grid, channels[0], path)
+                tried(check_channels, channels[0], path)
     values = None
     if row["label"]:
         label = tried(read_labels, row["label"])

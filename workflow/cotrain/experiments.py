@@ -22,7 +22,7 @@ def experiments_of(content: dict, *, source: str) -> tuple[dict[str, Settings], 
     row of that table is one: the file's settings, changed by the row's cells. A column is named
     after a setting (`seed`, `cotraining.teacher`), a cell is YAML and an empty one changes nothing;
     the column `group` names the experiments to average. Raises InputError for what `check` refuses,
-    and where names are missing, not unique or the file's own.
+    where names are missing, not unique or the file's own, and for a `review` of them all.
     """
     table_path = content.get("experiments")
     if table_path is None:
@@ -32,6 +32,12 @@ def experiments_of(content: dict, *, source: str) -> tuple[dict[str, Settings], 
         raise InputError(
             f"{source}: the setting `experiment` is missing; beside `experiments` it names the "
             "comparison."
+        )
+    if content.get("review") is not None:
+        raise InputError(
+            f"{source}: `review` beside `experiments` would judge the masks of them all, where a "
+            f"person looked at those of one; give it as a column `review` of {table_path}, in the "
+            "row of the experiment whose masks were judged."
         )
     table = read_table(Path(table_path))
     if "experiment" not in table:

@@ -61,7 +61,8 @@ def images_of(
     if first_channels <= set(image_files) and all(re.search(r"_\d{4}$", n) for n in image_files):
         raise InputError(
             f"Every image is named like {next(iter(image_files))}, as nnU-Net numbers channels; "
-            "add --channel-suffix _0000 (or _0000,_0001 ... for more channels)."
+            "add --channel-suffix _0000 (or _0000,_0001 ... for more channels); where it is the "
+            "number of a case, rename the images (case-0000 instead of case_0000)."
         )
     return {case: [path] for case, path in image_files.items()}
 

@@ -31,8 +31,9 @@ def read_labels(path: str | Path) -> tuple[np.ndarray, np.ndarray, Header]:
         whole = np.isfinite(array) & (array == np.rint(array))
         if not whole.all():
             raise InputError(
-                f"{path} holds the label value {array[~whole][0]:g}, wanted whole numbers; make "
-                "the mask again without interpolation (nearest neighbour) and without NaN."
+                f"{path} holds the label value {float(array[~whole][0])!r}, wanted whole numbers; "
+                "make the mask again without interpolation (nearest neighbour) and without NaN, or "
+                "save it as whole numbers where its header scales them (scl_slope)."
             )
     lowest, highest = array.min(), array.max()
     limits = np.iinfo(np.int16)
@@ -126,6 +127,20 @@ def check_same_grid(
         )
 
 
+def check_channels(path_a: str | Path, path_b: str | Path) -> None:
+    """Raise InputError where two channels have not the same grid, or not to nnU-Net's reader.
+
+    It compares the headers' voxel sizes by numpy's `allclose`, more closely than `check_same_grid`.
+    """
+    check_same_grid(path_a, path_b)
+    a, b = (_open(path).header.get_zooms() for path in (path_a, path_b))
+    if not np.allclose(a, b):
+        raise InputError(
+            f"{path_b} has voxels of {_by(b)} mm and {path_a} of {_by(a)} mm, and nnU-Net's reader "
+            "refuses channels that differ at all; copy the header of the one to the other."
+        )
+
+
 def spacing_mm(affine: np.ndarray) -> tuple[float, float, float]:
     """Return the voxel's edge lengths in mm, in the order of the array's axes."""
     x, y, z = np.linalg.norm(affine[:3, :3], axis=0)
@@ -135,6 +150,11 @@ def spacing_mm(affine: np.ndarray) -> tuple[float, float, float]:
 def orientation(affine: np.ndarray) -> str:
     """Return the anatomical directions the array's axes run towards, such as `RAS` or `LPI`."""
     return "".join(nibabel.aff2axcodes(affine))
+
+
+def orientation_of(path: str | Path) -> str:
+    """Return the orientation of a file's array, reading only its header."""
+    return orientation(_open(path).affine)
 
 
 def voxel_volume_ml(affine: np.ndarray) -> float:
@@ -180,7 +200,7 @@ def _read(path: str | Path) -> tuple[np.ndarray, np.ndarray, Header]:
 
 
 def _check_geometry(path: str | Path, affine: np.ndarray, header: Header) -> None:
-    """Refuse grids that nibabel and ITK (nnU-Net's reader) understand differently or not at all."""
+    """Refuse grids that nibabel and ITK (ITK-SNAP, SimpleITK) read differently or not at all."""
     if not np.isfinite(affine).all() or voxel_volume_ml(affine) == 0:
         raise InputError(
             f"{path} has an affine that gives its voxels no volume; export the image again."
@@ -199,7 +219,7 @@ def _check_geometry(path: str | Path, affine: np.ndarray, header: Header) -> Non
     if cosine > (1e-2 if header["qform_code"] > 0 else 1e-4):
         raise InputError(
             f"{path} has a sheared grid, its axes are {np.degrees(np.arccos(cosine)):.2f} degrees "
-            "apart instead of 90, which nnU-Net's reader refuses; resample it to a grid with "
+            "apart instead of 90, which ITK and its viewers refuse; resample it to a grid with "
             "right angles."
         )
 

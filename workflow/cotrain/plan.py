@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cotrain.errors import InputError
 from cotrain.files import read_table, sha256_of, write_json
+from cotrain.nifti import orientation_of
 from cotrain.nnunet import CONFIGURATIONS, Planned, make_importable, nnunet_folders
 from cotrain.settings import Network2D, Network3D, PlanStage, load
 
@@ -227,6 +228,9 @@ def plan(stage: PlanStage, cases: list[dict], out_dir: Path, *, jobs: int) -> No
 
     check_planner(stage.network_3d.planner)
     description = dataset_description(stage, cases)
+    # For images to be predicted: networks see arrays as they are stored.
+    first_channels = [row["image"].split(";")[0] for row in cases]
+    description["orientations"] = sorted(set(map(orientation_of, first_channels)))
     with nnunet_folders() as folder:
         write_json(description, folder / "nnUNet_raw" / DATASET_NAME / "dataset.json")
         extract_fingerprints([1], num_processes=jobs, check_dataset_integrity=False)

@@ -21,6 +21,6 @@ def side_by_side(
     except BrokenProcessPool:
         raise InputError(
             f"One of {jobs} processes that each hold a case was killed, most likely because memory "
-            "ran out; give more (mem_mb in set-resources), or fewer processes (--jobs, or "
-            "set-threads in a profile)."
+            "ran out; give more (mem_mb in set-resources), or fewer processes (--jobs, --threads, "
+            "or set-threads in a profile)."
         ) from None

@@ -21,6 +21,9 @@ from cotrain.make_table import add_image_arguments, images_of
 from cotrain.nnunet import Planned
 from cotrain.settings import InferStage, as_yaml, load
 
+PREPROCESSING_AT_A_TIME = 2
+"""Cases, as in the workflow's rule: a large CT takes some 5 GB each."""
+
 
 def final_checkpoints(experiment: Path) -> dict[str, Path]:
     """Return the checkpoints that a finished experiment ends with, by network.
@@ -94,8 +97,18 @@ def checked_table(arguments: argparse.Namespace, planned: Planned) -> pd.DataFra
         for case, paths in channels_of.items()
     )
     tasks = [(row, False) for row in table.to_dict("records")]
-    examined = all_examined(tasks, {}, jobs=arguments.threads)
+    examined = list(all_examined(tasks, {}, jobs=arguments.threads))
     refuse([problem for case in examined for problem in case.problems], where="the images")
+    learnt = planned.dataset["orientations"]
+    others = [case for case in examined if case.orientation not in learnt]
+    if others:
+        print(
+            f"WARNING: {len(others)} of {len(examined)} images are stored in another orientation "
+            f"than the labelled ones ({', '.join(learnt)}), such as {others[0].name} "
+            f"({others[0].orientation}): to the networks their anatomy is mirrored or turned. "
+            "Reorient them, e.g. with nibabel.as_closest_canonical.",
+            flush=True,
+        )
     return table
 
 
@@ -173,7 +186,8 @@ def run(arguments: argparse.Namespace) -> None:
         shutil.copy(path, folder / path.name)
     print(f"{len(cases)} images, {' and '.join(map(str, checkpoints.values()))}.", flush=True)
     words = ["--preprocessed", folder, "--cases", table]
-    _call(preprocess, *words, "--out-dir", folder / "test", "--jobs", arguments.threads)
+    jobs = min(arguments.threads, PREPROCESSING_AT_A_TIME)
+    _call(preprocess, *words, "--out-dir", folder / "test", "--jobs", jobs)
     words += ["--split", "test", "--threads", arguments.threads]
     for network, checkpoint in checkpoints.items():
         _call(

