@@ -67,6 +67,7 @@ onstart:
         say_what_shares_a_gpu()
         remember_what_was_read()
         look_at_jobs_as_often_as_asked()
+        bear_with_a_silent_slurm()
 
 
 onsuccess:

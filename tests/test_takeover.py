@@ -213,12 +213,13 @@ def test_a_queue_that_does_not_answer_is_asked_twice_and_stops_the_command(folde
     assert not notice_of("heart").exists()
 
 
-def test_a_local_command_cancels_jobs_of_one_that_was_killed(folder, queue):
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_local_command_cancels_jobs_that_another_left(folder, queue, ended):
     queue(("plan_wildcards_heart", "theirs"))
-    leave_notice("heart", run="theirs", ended=True)
+    leave_notice("heart", ended=ended)
     start("heart")
     assert cancelled(folder) == []
-    leave_notice("heart", run="theirs")
+    leave_notice("heart", run="theirs", ended=ended)
     start("heart")
     assert cancelled(folder) == ["1"]
 

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare", "setpriv")
@@ -138,7 +138,7 @@ class Cluster:
             wait_until((self.folder / "munge.sock").exists, seconds=20, what="munged")
             if self._accounting:
                 self._start_accounting()
-            self._start("slurmctld", "-D", "-f", self.folder / "slurm.conf")
+            self._start_controller()
             for node in NODES:
                 self._start(
                     *("slurmd", "-D", "-N", node, "-f", self.folder / "slurm.conf"), host=node
@@ -186,6 +186,31 @@ class Cluster:
     def job(self, number: str) -> dict[str, str]:
         """Return one job as `scontrol show job` has it."""
         return next(job for job in self.history() if job["JobId"] == number)
+
+    @contextlib.contextmanager
+    def without_controller(self) -> Iterator[None]:
+        """Stop the controller, as an administrator does, and start it anew in the end."""
+        self._controller.terminate()
+        self._controller.wait(60)
+        place = self._processes.index(self._controller)
+        try:
+            yield
+        finally:
+            self._start_controller()
+            # It is to be stopped in its turn.
+            self._processes[place] = self._processes.pop()
+            wait_until(self._answers, seconds=60, what="the controller")
+
+    def _start_controller(self) -> None:
+        self._start("slurmctld", "-D", "-f", self.folder / "slurm.conf")
+        self._controller = self._processes[-1]
+
+    def _answers(self) -> bool:
+        try:
+            self.run("squeue")
+        except subprocess.CalledProcessError:
+            return False
+        return True
 
     def _all_idle(self) -> bool:
         try:

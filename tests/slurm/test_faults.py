@@ -196,6 +196,39 @@ def test_a_second_command_beside_a_living_one_is_refused(project, undisturbed):
     ends_as_undisturbed(project, undisturbed, epochs_kept=[])
 
 
+def test_a_controller_of_slurm_that_is_started_anew_is_waited_for(project, undisturbed):
+    controller = project.start(MASKS)
+    project.wait_for_epochs(2)
+    with project.cluster.without_controller():
+        # By itself the plugin asks sacct five times, in a second, and forgets its jobs.
+        wait_until(
+            lambda: project.said().count("SLURM does not say how the jobs are") > 1,
+            seconds=180,
+            what="a command that asks",
+        )
+    assert controller.wait(600) == 0, project.said()[-3000:]
+    assert "Trying to restart job" not in project.said()
+    ends_as_undisturbed(project, undisturbed, epochs_kept=[])
+
+
+def test_jobs_that_are_not_taken_for_a_while_are_submitted_again_later(project, undisturbed):
+    tries = project.folder / "tries"
+    programs = project.folder / "bin"
+    programs.mkdir()
+    # For 3 seconds from the first try on.
+    (programs / "sbatch").write_text(
+        f"#!/bin/sh\ndate +%s >> {tries}\n"
+        f"if [ $(($(date +%s) - $(head -n 1 {tries}))) -lt 3 ]; then\n"
+        "    echo 'sbatch: error: Unable to contact slurm controller' >&2\n    exit 1\nfi\n"
+        f'exec {project.cluster.folder}/bin/sbatch "$@"\n'
+    )
+    (programs / "sbatch").chmod(0o755)
+    project.environment["PATH"] = f"{programs}:{project.environment['PATH']}"
+    project.run(TRAINED)
+    assert 3 <= len(tries.read_text().split()) <= 4
+    ends_as_undisturbed(project, undisturbed, epochs_kept=[])
+
+
 # --------------------------------------------------------------------------- time limits
 
 

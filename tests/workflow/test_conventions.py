@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from snakemake.scheduling.job_scheduler import JobScheduler
 from snakemake_executor_plugin_slurm import Executor, submit_string
 from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
 
@@ -140,6 +141,16 @@ def test_the_pause_between_looks_at_a_clusters_jobs_is_the_executors_own_method(
     assert source.count("await self.sleep()") == 1
     assert inspect.iscoroutinefunction(RemoteExecutor.sleep)
     assert isinstance(RemoteExecutor.next_seconds_between_status_checks, property)
+
+
+def test_the_slurm_plugin_asks_and_submits_by_what_the_snakefile_exchanges():
+    """`bear_with_a_silent_slurm` in command.smk."""
+    asks = inspect.getsource(Executor.check_active_jobs)
+    assert asks.count("await query_job_status(\n") == 1
+    assert "if status_of_jobs is None and sacct_query_duration is None:" in asks
+    assert vars(inspect.getmodule(Executor))["query_job_status"].__name__ == "query_job_status"
+    assert "executor.submit(self.run_job, job)" in inspect.getsource(Executor._submit_job)
+    assert "self._executor.cancel()" in inspect.getsource(JobScheduler)
 
 
 def test_jobs_in_the_queue_are_called_what_their_command_notes():

@@ -83,6 +83,11 @@ def requeue_own_job() -> str | None:
     return None if code == 0 else words or "scontrol did not answer"
 
 
+def answers() -> bool:
+    """Return whether SLURM says which jobs this user has, as it does not while it starts anew."""
+    return _ask("squeue", "--me", "--noheader")[0] == 0
+
+
 def jobs_left_behind(
     folder: str, experiments: list[str], *, runs_of_others: Collection[str] = ()
 ) -> list[str]:

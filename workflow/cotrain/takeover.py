@@ -43,16 +43,17 @@ def take_over(
     for name, notice in notices.items():
         if notice is not None and _lives_on(notice):
             raise InputError(_refusal(name, notice))
-    # One that ended by itself left no jobs, so that a local command need not ask about them.
-    killed = [name for name, notice in notices.items() if _may_have_left_jobs(notice)]
+    submitted = [name for name, notice in notices.items() if notice and notice.get("run")]
     if shutil.which("squeue") is None:
+        killed = [name for name in submitted if not notices[name].get("ended")]
         if killed:
             raise InputError(
                 f"The command for {killed[0]} that was killed on {notices[killed[0]]['host']} may "
                 "have left SLURM jobs, and squeue is not here to tell; type this where it is, or "
                 f"remove {notice_of(killed[0])} once no job of this folder is in the queue."
             )
-    elif run or killed:
+    # Also after one that ended by itself: interrupted while it asks, the plugin cancels nothing.
+    elif run or submitted:
         _cancel_jobs_left_behind(notices, say)
     return SignsOfLife(makes, run)
 
@@ -146,10 +147,6 @@ def _refusal(name: str, notice: dict) -> str:
         f"Another command for {name} runs in this folder (process {notice['pid']} on "
         f"{notice['host']}{where}); wait for its end, or end it and type this again{gone}."
     )
-
-
-def _may_have_left_jobs(notice: dict | None) -> bool:
-    return notice is not None and bool(notice.get("run")) and not notice.get("ended")
 
 
 def _cancel_jobs_left_behind(notices: dict[str, dict | None], say: Callable[[str], None]) -> None:

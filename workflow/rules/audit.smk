@@ -37,14 +37,15 @@ rule audit:
         "../../envs/cotrain.yaml"
     threads: 1
     resources:
-        mem_mb=memory(4000),
-        runtime=120,
+        mem_mb=audit_mem_mb,
+        runtime=240,
     params:
         masks=lambda wildcards, input: folders_of(input.manifests),
         source_masks=lambda wildcards, input: folders_of(input.source_manifests),
         labels=labels_of,
         preprocessed=subpath(input.plans, parent=True),
         review=review_for,
+        seen=lambda wildcards: as_they_lie(corrected_masks_for(wildcards)),
     shell:
         r"""
         cotrain audit \

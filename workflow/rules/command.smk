@@ -5,7 +5,10 @@ import difflib
 import os
 import re
 import shutil
+import sys
+import threading
 
+from cotrain import slurm
 from cotrain.errors import InputError
 from cotrain.files import write_json
 from cotrain.takeover import take_over
@@ -42,6 +45,12 @@ def say_what_is_easily_missed():
                 logger.warning(
                     f"{settings.review}: the verdict on {row['masks']} of {row['case']} in round "
                     f"{row['round']} changes nothing, because these masks teach no network."
+                )
+            elif not os.path.isdir(mask_set_judged(experiment, row)):
+                logger.warning(
+                    f"{settings.review}: {experiment} has not made the masks yet on which the "
+                    f"verdict on {row['masks']} of {row['case']} in round {row['round']} is given; "
+                    "verdicts on another experiment's masks do not belong here."
                 )
 
 
@@ -111,6 +120,51 @@ def look_at_jobs_as_often_as_asked():
         executor.sleep = lambda: asyncio.sleep(
             min(longest, executor.next_seconds_between_status_checks)
         )
+
+
+def bear_with_a_silent_slurm():
+    """Ask for the jobs' states until SLURM answers, and wait before a job is submitted again.
+
+    Version 2.8.0 of the plugin asks five times in a second, then forgets all jobs and waits for
+    ever; and Snakemake submits a job that was not taken again at once, so that a controller that is
+    started anew would use up all retries.
+    """
+    if workflow.executor_plugin.name != "slurm":
+        return
+    executor = workflow.scheduler._executor
+    plugin = sys.modules[type(executor).__module__]
+    query, submit, cancel = plugin.query_job_status, executor.run_job, executor.cancel
+    pause = workflow.remote_execution_settings.seconds_between_status_checks
+    squeue = plugin.query_job_status_squeue(executor.run_uuid)
+    interrupted = threading.Event()
+
+    async def query_until_answered(command, log):
+        while True:
+            # When the controller is away, the plugin asks sacct, which a cluster may not have.
+            for each in (command, squeue):
+                answer = await query(each, log)
+                if answer != (None, None) or interrupted.is_set():
+                    return answer
+            log.warning("SLURM does not say how the jobs are; asking again.")
+            await asyncio.sleep(pause)
+
+    # In a thread of the plugin's, so that nothing else waits.
+    def submit_again_later(job):
+        if job.attempt > 1:
+            interrupted.wait((job.attempt - 1) * pause)
+            while not (interrupted.is_set() or slurm.answers()):
+                logger.warning(f"SLURM does not answer; {job.name} waits for it.")
+                interrupted.wait(pause)
+        if not interrupted.is_set():
+            submit(job)
+
+    def cancel_and_ask_no_more():
+        interrupted.set()
+        cancel()
+
+    plugin.query_job_status = query_until_answered
+    executor.run_job = submit_again_later
+    executor.cancel = cancel_and_ask_no_more
 
 
 def remember_what_was_read():

@@ -201,15 +201,23 @@ def transductive_or_not(wildcards):
 def fingerprint_of(wildcards):
     """Return a hash that is another one wherever the list of a split is, or one of its files.
 
-    Snakemake would see a corrected file as an input, but not one that was moved into place with an
-    older time; and each job would ask the file system for all of them. So this is asked for where
-    the command was typed, and in jobs that check the data.
+    As inputs, each job would ask the file system for all of them. This is asked for where the
+    command was typed, and in jobs that check the data.
     """
     rows = CASES[wildcards.experiment][wildcards.split]
-    found = map(os.stat, images_and_truths_of(wildcards.experiment, wildcards.split))
-    times = [(each.st_size, each.st_mtime_ns) for each in found]
-    told = rows.to_csv(index=False) + str(times)
+    files = images_and_truths_of(wildcards.experiment, wildcards.split)
+    told = rows.to_csv(index=False) + as_they_lie(files)
     return hashlib.sha256(told.encode()).hexdigest()
+
+
+def as_they_lie(paths):
+    """Return a hash of size and time of files, for a parameter: what was moved into place is seen.
+
+    As inputs, Snakemake would see only newer ones.
+    """
+    paths = [paths] if isinstance(paths, str) else paths
+    found = [(each.st_size, each.st_mtime_ns) for each in map(os.stat, paths)]
+    return hashlib.sha256(str(found).encode()).hexdigest() if found else ""
 
 
 def lists_of_cases(wildcards):
@@ -636,6 +644,11 @@ def threads_of_training(wildcards):
 def memory(mem_mb):
     """Return a function for the main memory of a job, in MB; a retry asks for more."""
     return lambda wildcards, attempt: attempt * mem_mb
+
+
+def audit_mem_mb(wildcards, attempt):
+    """Return the main memory of an audit, in MB: a corrected mask is preprocessed with its image."""
+    return attempt * (12000 if corrected_masks_for(wildcards) else 4000)
 
 
 def network_mem_mb(wildcards, attempt):

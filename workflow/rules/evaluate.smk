@@ -102,7 +102,7 @@ rule evaluate:
     threads: 1
     resources:
         mem_mb=memory(4000),
-        runtime=120,
+        runtime=240,
     params:
         masks=lambda wildcards, input: folders_of(input.manifests),
         labels=labels_of,

@@ -33,14 +33,12 @@ rule check_data:
     benchmark:
         "benchmarks/{experiment}/cases/check_data_{split}.tsv"
     priority: 1
-    # A file or table that is wrong stays so: trying again says the same with more memory.
-    retries: 0
     conda:
         "../../envs/cotrain.yaml"
     threads: 4
     resources:
         mem_mb=memory(6000),
-        runtime=120,
+        runtime=240,
     params:
         # A hash of this split's rows and files; not of the whole table, which may hold other news. It
         # is part of the list: a run that ended after it would forget that a file was corrected.
@@ -121,16 +119,15 @@ rule plan:
         "logs/{experiment}/preprocessed/plan.log",
     benchmark:
         "benchmarks/{experiment}/preprocessed/plan.tsv"
-    # As in check_data.
-    retries: 0
     conda:
         "../../envs/cotrain.yaml"
     threads: 4
     resources:
         mem_mb=memory(12000),
-        runtime=120,
+        runtime=240,
     params:
         out_dir=subpath(output.plans, parent=True),
+        seen=lambda wildcards: as_they_lie(own_network_of(wildcards)),
     shell:
         r"""
         cotrain plan \
@@ -205,6 +202,7 @@ rule fetch_weights:
         sha256=lambda wildcards: option(
             "--sha256", settings_of(wildcards).network_2d.weights_sha256
         ),
+        seen=lambda wildcards: as_they_lie(weights_given_as_file(wildcards)),
     shell:
         r"""
         cotrain fetch-weights \
