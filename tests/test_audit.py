@@ -260,6 +260,27 @@ def test_an_empty_mask_is_not_learnt_unless_a_person_accepts_it(audit, masks):
     assert audit(verdict("coarse_u", "accept")).loc["coarse_u", "accepted"] == "true"
 
 
+def test_a_label_that_no_mask_holds_is_told(audit, masks, tiny, capsys, tmp_path):
+    audit()
+    assert "WARNING" not in capsys.readouterr().out
+    manifest = read_table(masks / "manifest-0.tsv")
+    assert (manifest["absent"] == "").all()
+    manifest["absent"] = "core"
+    manifest.to_csv(masks / "manifest-0.tsv", sep="\t", index=False)
+    assert (audit()["absent"] == "core").all()
+    assert "WARNING: the label core is in none of the masks that teach" in capsys.readouterr().out
+    # A corrected mask that has it.
+    audit(verdict("flipped_u", "replace", tiny.rows("unlabelled")[1]["label"]))
+    assert "WARNING" not in capsys.readouterr().out
+    # One that has lost the other label, too: the one that all have lost is told.
+    row = tiny.rows("unlabelled")[1]["label"]
+    empty = altered(row, lambda a: np.copyto(a, 0), tmp_path / "none.nii.gz")
+    table = audit(verdict("flipped_u", "replace", empty))
+    assert table.loc["flipped_u", "absent"] == "shell;core"
+    said = capsys.readouterr().out
+    assert "the label core is in none" in said and "the label shell" not in said
+
+
 def test_whoever_accepts_a_source_has_not_accepted_an_empty_mean(masks, tiny, tmp_path):
     mean = shutil.copytree(masks, tmp_path / "round-01" / "teacher_3d")
     made = read_table(mean / "manifest-0.tsv").set_index("case", drop=False).loc["coarse_u"]

@@ -12,7 +12,8 @@ from cotrain.files import write_table
 from cotrain.pictures import Volume, along_patient_axes, best_slice, grey_range
 
 AUDIT_COLUMNS = (
-    "case", "mask", "soft", "accepted", "reason", "confidence", "volume_ml", "truth_dice",
+    "case", "mask", "soft", "accepted", "reason", "confidence", "volume_ml", "absent",
+    "truth_dice",
 )  # fmt: skip
 
 
@@ -121,9 +122,9 @@ def test_the_overlay_page_begins_with_the_least_confident_mask(two_volumes):
     audit = audit_table(
         folder / "round-01/audit/train_3d.tsv",
         [
-            ("sure", paths["mask"], "s", "true", "", 0.95, 1.5, 0.9),
-            ("unsure", paths["mask"], "s", "true", "", 0.6, 1.5, ""),
-            ("empty", paths["empty"], "s", "false", "no <foreground>", 0, 0, 0.0),
+            ("sure", paths["mask"], "s", "true", "", 0.95, 1.5, "left", 0.9),
+            ("unsure", paths["mask"], "s", "true", "", 0.6, 1.5, "left", ""),
+            ("empty", paths["empty"], "s", "false", "no <foreground>", 0, 0, "left;right", 0.0),
         ],
     )
     cases = case_table(
@@ -137,6 +138,8 @@ def test_the_overlay_page_begins_with_the_least_confident_mask(two_volumes):
     assert main([*words, "--max-cases", "2"]) == 0
     page = Page(out.read_text())
     assert '<b style="color: #32d74b">right</b>' in out.read_text()
+    assert "<b>the label left is in none of the masks that teach" in out.read_text()
+    assert "the label right" not in out.read_text()
     _, first, second, third = page.rows
     assert [row[1] for row in (first, second, third)] == ["empty", "unsure", "sure"]
     assert page.pictures == [0, 1, 1, 0]

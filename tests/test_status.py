@@ -391,12 +391,16 @@ def test_verdicts_and_masks_that_do_not_teach_are_counted(experiment):
     audits = folder / "cotrain/round-01/audit"
     write(audits / "train_3d.tsv", "case\taccepted\treason\n" + "".join(rows))
     write(audits / "train_2d.tsv", "case\taccepted\treason\nc\ttrue\t\n")
+    lost = "case\taccepted\treason\tabsent\nc\ttrue\t\ta;b\nc\ttrue\t\tb\nc\tfalse\t\t\n"
+    write(folder / "cotrain/round-00/audit/train_3d.tsv", lost)
     text = status_text(folder, benchmarks=experiment / "b", logs=experiment / "l", now=NOW)
     assert (
         "  cotrain/round-01/audit/train_3d: 3 of 5 teach; 1 thrown out, 1 corrected, "
         "1 accepted by a person, 1 empty, 1 judged on an earlier mask\n" in text
     )
     assert "audit/train_2d" not in text
+    assert "  cotrain/round-00/audit/train_3d: the label b is in none of the masks that" in text
+    assert "the label a " not in text
 
 
 def test_the_command_names_the_settings_where_they_are_and_a_placeholder_elsewhere(tmp_path):

@@ -234,6 +234,8 @@ def test_the_summary_has_rounds_finals_gain_teachers_and_note(experiment, capsys
     assert "01 | 68.0 | 74.0 | 67.0 | 70.0" in lines
     assert "co-trained 3D | 74.0 ± 9.5 | 37.0 | 3.00 | 1.00 | 64.0 c" in lines
     assert "labels only mean | 74.7 ± 10.5 | 37.3 | 3.00 | 1.00 | 64.0 c" in lines
+    # Of one label the tables above say all.
+    assert "of each label" not in text
     # Differences 3, 5, 4: mean 4, sd 1, t(0.975, 2) = 4.30265, half 4.30265 / sqrt(3) = 2.484.
     assert (
         "Co-training beat labels alone by 4.0 points of Dice "
@@ -273,6 +275,25 @@ def test_the_mean_of_both_co_trained_networks_is_held_against_that_of_the_contro
         "The mean of the two co-trained networks beat the mean of the two label-only networks by "
         "3.0 points of Dice (95 % interval +0.5 to +5.5, paired over 3 test cases).\n"
     ) in summary.read_text()
+
+
+def test_of_several_labels_each_ones_dice_is_told(tmp_path):
+    for arm, tumour in (("cotrain", (0.0, 0.1)), ("labels_only", (0.5, 0.7))):
+        rows = [(case, "organ", 0.9, 0.8, 3, 1, 2, 0.5) for case in "ab"]
+        rows += [
+            (case, "tumour", dice, dice / 2, 3, 1, 2, 0.5)
+            for case, dice in zip("ab", tumour, strict=True)
+        ]
+        name = f"evaluation/{arm}_3d_round-00.tsv"
+        write_table(tmp_path / name, EVALUATION_COLUMNS, rows)
+    assert summarise(tmp_path) == 0
+    lines = (tmp_path / "summary/summary.txt").read_text().splitlines()
+    first = lines.index("Dice in % of each label, round 00")
+    assert [re.sub(r"  +", " | ", line) for line in lines[first + 2 : first + 5]] == [
+        "network | organ | tumour",
+        "co-trained 3D | 90.0 | 5.0",
+        "labels only 3D | 90.0 | 60.0",
+    ]
 
 
 def test_without_a_control_the_gain_is_said_to_be_unknown(tmp_path, capsys):

@@ -18,7 +18,7 @@ from cotrain.errors import InputError
 from cotrain.files import read_table, sha256_of, write_json, write_table
 from cotrain.nifti import check_same_grid, read_labels, voxel_volume_ml
 from cotrain.nnunet import Planned
-from cotrain.review import EMPTY, OUTLIVED, masks_of, read_review
+from cotrain.review import EMPTY, LOST, OUTLIVED, labels_lost, masks_of, read_review
 
 COLUMNS = [
     "case",
@@ -29,6 +29,7 @@ COLUMNS = [
     "reason",
     "confidence",
     "volume_ml",
+    "absent",
     "truth_dice",
 ]
 
@@ -84,20 +85,26 @@ def as_text(verdict: dict) -> str:
     return "\t".join(verdict.values())
 
 
-def volume_of_replacement(mask: Path, image: str, labels: dict[str, int]) -> float:
-    """Return the foreground volume in ml of a mask that a person put in another's place.
+def told_of_replacement(mask: Path, image: str, labels: dict[str, int]) -> dict[str, str]:
+    """Return what an audit tells of a mask that a person put in another's place.
 
     Raises InputError where it is not on the image's grid or holds a value that is no label.
     """
     check_same_grid(image, mask)
     values, affine, _ = read_labels(mask)
-    unknown = set(np.unique(values).tolist()) - {0, *labels.values()}
+    present = set(np.unique(values).tolist())
+    unknown = present - {0, *labels.values()}
     if unknown:
         raise InputError(
             f"The corrected mask {mask} holds the values {sorted(unknown)}, wanted 0 for the "
             f"background and {sorted(labels.values())} for the labels; correct it."
         )
-    return np.count_nonzero(values) * voxel_volume_ml(affine)
+    volume_ml = np.count_nonzero(values) * voxel_volume_ml(affine)
+    return {
+        "confidence": "1.0000",
+        "volume_ml": f"{volume_ml:.6g}",
+        "absent": ";".join(name for name, value in labels.items() if value not in present),
+    }
 
 
 def soft_of_replacement(mask: Path, row: dict, planned: Planned, path: Path) -> None:
@@ -167,9 +174,8 @@ def audit_row(
             reason += f" {verdict['date']}"
         if verdict["verdict"] == "replace":
             mask = Path(verdict["mask"])
-            volume_ml = volume_of_replacement(mask, row["image"].split(";")[0], labels)
-            made = {**made, "confidence": "1.0000", "volume_ml": f"{volume_ml:.6g}"}
-            if volume_ml == 0:
+            made = {**made, **told_of_replacement(mask, row["image"].split(";")[0], labels)}
+            if float(made["volume_ml"]) == 0:
                 # Of a structure that may be missing, but also what a viewer saves by mistake.
                 reason += "; the corrected mask is empty, and teaches that nothing is there"
         elif is_empty and accepted and masks_of(verdict) != set_in(masks):
@@ -189,6 +195,7 @@ def audit_row(
         "reason": reason,
         "confidence": made["confidence"],
         "volume_ml": made["volume_ml"],
+        "absent": made["absent"],
         "truth_dice": truth_dice,
     }
 
@@ -276,3 +283,5 @@ def run(arguments: argparse.Namespace) -> None:
         + (f"; true Dice {known.mean():.4f} over {len(known)} cases" if len(known) else "")
         + "."
     )
+    for name in labels_lost(frame):
+        print(f"WARNING: {LOST.format(name)}")

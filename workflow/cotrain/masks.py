@@ -35,8 +35,10 @@ MANIFEST_COLUMNS = [
     "soft_sha256",
     "confidence",
     "volume_ml",
+    "absent",
     "seconds",
 ]
+"""`absent`: names of the labels that a mask holds no voxel of, separated by `;`."""
 
 
 def quantised(probabilities: torch.Tensor) -> np.ndarray:
@@ -254,6 +256,9 @@ def write_mask(
     # An edit in place would teach nothing: a viewer is to save it under a new name.
     mask_path.chmod(0o444)
     voxel_ml = voxel_volume_ml(nibabel.load(image).affine)
+    present = set(np.unique(labels).tolist())
+    names = planned.dataset["labels"].items()
+    absent = [name for name, value in names if value and value not in present]
     return {
         "case": case,
         "mask": mask_path.name,
@@ -262,5 +267,6 @@ def write_mask(
         "soft_sha256": sha256_of(soft_path),
         "confidence": f"{confidence_of(soft):.4f}",
         "volume_ml": f"{np.count_nonzero(labels) * voxel_ml:.6g}",
+        "absent": ";".join(absent),
         "seconds": f"{seconds:.2f}",
     }

@@ -24,6 +24,7 @@ from cotrain.cases import labels_from
 from cotrain.errors import InputError
 from cotrain.files import read_table, write_atomically, write_text
 from cotrain.nifti import check_image, check_same_grid, read_labels, spacing_mm
+from cotrain.review import LOST, labels_lost
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -328,6 +329,8 @@ def overlay_page(
         "ITK-SNAP there. To throw a mask out or to replace it, write a row with its case, round "
         "and folder into the review table (results/README.md says how)."
     )
+    for name in labels_lost(audit):
+        introduction += f"<br><b>{html.escape(LOST.format(name))}</b>"
     if audit.empty:
         introduction = "No mask taught this network in this round."
     return PAGE.format(

@@ -20,6 +20,19 @@ EMPTY = "the mask is empty"
 OUTLIVED = "given on an earlier mask of this case, look again"
 """What an audit says of a verdict whose mask was made anew since."""
 
+LOST = (
+    "the label {} is in none of the masks that teach, and networks that are taught so unlearn it; "
+    "look at the masks, and exclude them or train longer on labels before masks teach"
+)
+"""What is said of a label in `labels_lost`."""
+
+
+def labels_lost(audit: pd.DataFrame) -> list[str]:
+    """Return the names of labels that are in none of an audit's masks that teach."""
+    teach = audit[audit["accepted"] == "true"]
+    absent = [set(names.split(";")) - {""} for names in teach.get("absent", [])]
+    return sorted(set.intersection(*absent)) if absent else []
+
 
 def masks_of(verdict: Mapping[str, str]) -> str:
     """Return the mask set that a verdict is about, as `round-01/pseudo_3d`."""

@@ -31,7 +31,7 @@ import yaml
 from cotrain.cases import SPLITS
 from cotrain.errors import InputError
 from cotrain.files import read_table
-from cotrain.review import EMPTY, OUTLIVED
+from cotrain.review import EMPTY, LOST, OUTLIVED, labels_lost
 from cotrain.summary import (
     ARM_WORDS,
     CO_TRAINED,
@@ -352,7 +352,7 @@ def _preprocessed(folder: Path, cases: dict[str, int | None]) -> str:
 
 
 def _judged_in(audit: Path, folder: Path) -> list[str]:
-    """Return a line on the masks of an audit that a person judged or that do not teach, if any."""
+    """Return lines on masks of an audit that were judged or do not teach, and on lost labels."""
     table = read_table(audit)
     teach = (table["accepted"] == "true").sum()
     told = {
@@ -367,7 +367,8 @@ def _judged_in(audit: Path, folder: Path) -> list[str]:
     }
     found = ", ".join(f"{count} {word}" for word, count in told.items() if count)
     place = audit.relative_to(folder).with_suffix("")
-    return [f"  {place}: {teach} of {len(table)} teach; {found}"] if found else []
+    lines = [f"  {place}: {teach} of {len(table)} teach; {found}"] if found else []
+    return lines + [f"  {place}: {LOST.format(name)}" for name in labels_lost(table)]
 
 
 def _rows_of(table: Path) -> int | None:

@@ -123,6 +123,14 @@ def numbers_from(path: Path, *, columns: tuple[str, ...]) -> pd.DataFrame:
 def read_evaluations(paths: list[Path]) -> dict[Trained, pd.DataFrame]:
     """Return the scores per case (index: case, columns: SCORES) of each evaluation table.
 
+    paths and errors: as of `read_tables`.
+    """
+    return {trained: means_per_case(table) for trained, table in read_tables(paths).items()}
+
+
+def read_tables(paths: list[Path]) -> dict[Trained, pd.DataFrame]:
+    """Return each evaluation table, with a row for each case and label.
+
     `paths` are tables, or folders of which every `*_round-*.tsv` is read. Raises InputError where
     a folder has none, a table's name is not of the pattern, or one is given twice.
     """
@@ -132,13 +140,13 @@ def read_evaluations(paths: list[Path]) -> dict[Trained, pd.DataFrame]:
         if not found:
             raise InputError(f"The folder {path} has no evaluation table; run `evaluate` first.")
         files += found
-    evaluations: dict[Trained, pd.DataFrame] = {}
+    tables: dict[Trained, pd.DataFrame] = {}
     for file in files:
         trained = trained_from_evaluation(file)
-        if trained in evaluations:
+        if trained in tables:
             raise InputError(f"The {trained} is evaluated twice, once in {file}; give it once.")
-        evaluations[trained] = means_per_case(numbers_from(file, columns=SCORES))
-    return dict(sorted(evaluations.items()))
+        tables[trained] = numbers_from(file, columns=SCORES)
+    return dict(sorted(tables.items()))
 
 
 def read_curves(paths: list[Path]) -> dict[tuple[str, str], pd.DataFrame]:
@@ -271,15 +279,17 @@ def teaching_of(audit: pd.DataFrame) -> Teaching:
 
 
 def summary_text(
-    evaluations: Mapping[Trained, pd.DataFrame],
+    tables: Mapping[Trained, pd.DataFrame],
     teachings: Mapping[Trained, Teaching],
     *,
     note: str = "",
 ) -> str:
-    """Return the text of `summary.txt`."""
-    scored = {trained: cases for trained, cases in evaluations.items() if not cases.empty}
+    """Return the text of `summary.txt`. tables: as of `read_tables`."""
+    tables = {trained: table for trained, table in tables.items() if not table.empty}
+    scored = {trained: means_per_case(table) for trained, table in tables.items()}
     if scored:
-        parts = [_rounds_part(scored), _final_part(scored), _gain_part(scored)]
+        parts = [_rounds_part(scored), _final_part(scored), _labels_part(tables)]
+        parts = [*filter(None, parts), _gain_part(scored)]
     else:
         parts = ["Nothing could be scored: there is no test case with a label."]
     if teachings:
@@ -348,6 +358,23 @@ def _final_part(scored: Mapping[Trained, pd.DataFrame]) -> str:
                 ]
             )
     return f"Final round {last:02d}, mean ± standard deviation over cases\n\n{aligned(rows)}"
+
+
+def _labels_part(tables: Mapping[Trained, pd.DataFrame]) -> str:
+    """Return the final Dice of each label, which a mean over labels hides; nothing for one."""
+    last = _last_round(tables)
+    names = list(dict.fromkeys(name for table in tables.values() for name in table["label"]))
+    if len(names) < 2:
+        return ""
+    rows = [["network", *names]]
+    for arm in (CO_TRAINED, CONTROL):
+        for network in NETWORK_WORDS:
+            table = tables.get(Trained(arm, network, last))
+            if table is not None:
+                dice = table.groupby("label")["dice"].mean()
+                cells = [_cell(dice.get(name)) for name in names]
+                rows.append([f"{ARM_WORDS[arm]} {NETWORK_WORDS[network]}", *cells])
+    return f"Dice in % of each label, round {last:02d}\n\n{aligned(rows)}"
 
 
 def _gain_part(scored: Mapping[Trained, pd.DataFrame]) -> str:
@@ -531,8 +558,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write scores, text and pictures, and print the text."""
-    evaluations = read_evaluations(arguments.evaluation)
-    text = summary_text(evaluations, read_audits(arguments.audits), note=arguments.note)
+    tables = read_tables(arguments.evaluation)
+    evaluations = {trained: means_per_case(table) for trained, table in tables.items()}
+    text = summary_text(tables, read_audits(arguments.audits), note=arguments.note)
     figures = {
         "dice_per_round.png": draw_dice_per_round(evaluations),
         "training_curves.png": draw_training_curves(read_curves(arguments.curves)),
