@@ -1,6 +1,8 @@
 """A command beside another: refused where that one lives, and taking it over where it is dead."""
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -184,8 +186,12 @@ def test_a_command_that_ends_by_itself_says_so():
     assert json.loads(notice_of("heart").read_text())["ended"]
 
 
-def test_signs_of_life_leave_alone_when_the_command_began_and_who_came_after(monkeypatch):
+def test_signs_of_life_leave_alone_when_the_command_began_and_end_it_for_who_came_after(
+    monkeypatch, capsys
+):
     monkeypatch.setattr("cotrain.workfolder.HEARTBEAT_SECONDS", 0.01)
+    sent = []
+    monkeypatch.setattr("cotrain.takeover.os.kill", lambda *signal: sent.append(signal))
     signs = take_over({"heart": ["results/heart/model"]}, run="", say=print)
     began = notice_of("heart").stat().st_mtime
     first = json.loads(notice_of("heart").read_text())
@@ -194,8 +200,11 @@ def test_signs_of_life_leave_alone_when_the_command_began_and_who_came_after(mon
     assert later.pop("heartbeat") > first.pop("heartbeat")
     assert later == first
     assert notice_of("heart").stat().st_mtime == began
+    assert sent == []
     leave_notice("heart")
-    time.sleep(0.1)
+    time.sleep(0.3)
+    assert sent == [(os.getpid(), signal.SIGINT)]
+    assert "taken this one for dead; this one ends" in capsys.readouterr().out
     signs.end()
     assert json.loads(notice_of("heart").read_text())["host"] == "login1"
 

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -94,13 +95,27 @@ class SignsOfLife:
     def _beat(self) -> None:
         while not self._ended.wait(workfolder.HEARTBEAT_SECONDS):
             self._renew()
+            if self._is_taken_over():
+                # It has cancelled this one's jobs, which would be submitted beside its own.
+                print("Another command has taken this one for dead; this one ends.", flush=True)
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    def _is_taken_over(self) -> bool:
+        with contextlib.suppress(OSError):
+            found = [content_of(notice) for notice in self._told]
+            return any(each is not None and not self._is_ours(each) for each in found)
+        return False
+
+    def _is_ours(self, notice: dict) -> bool:
+        return self._owner.items() <= notice.items()
 
     def _renew(self) -> None:
         # A network file system that is away for a while must not end the signs of life.
         with contextlib.suppress(OSError):
             for notice in self._told:
                 found = content_of(notice)
-                if found is None or self._owner.items() <= found.items():
+                if found is None or self._is_ours(found):
                     self._write(notice)
 
     def _write(self, notice: Path) -> None:
