@@ -269,6 +269,10 @@ def test_a_label_that_no_mask_holds_is_told(audit, masks, tiny, capsys, tmp_path
     manifest.to_csv(masks / "manifest-0.tsv", sep="\t", index=False)
     assert (audit()["absent"] == "core").all()
     assert "WARNING: the label core is in none of the masks that teach" in capsys.readouterr().out
+    # Of older code, without that column.
+    manifest.drop(columns="absent").to_csv(masks / "manifest-0.tsv", sep="\t", index=False)
+    assert (audit()["absent"] == "").all()
+    manifest.to_csv(masks / "manifest-0.tsv", sep="\t", index=False)
     # A corrected mask that has it.
     audit(verdict("flipped_u", "replace", tiny.rows("unlabelled")[1]["label"]))
     assert "WARNING" not in capsys.readouterr().out

@@ -382,6 +382,20 @@ def test_masks_stay_where_a_case_is_added_and_another_is_preprocessed_anew(
         if (folder / f"{case}.nii.gz").stat().st_mtime_ns == time
     ]
     assert kept == [rows["case"][0], rows["case"][3]]
+    # Shared out in another way, each case goes with its shard.
+    for shard in (1, 0):
+        sharded = table[shard::2]
+        write_table(sharded, preprocessed / "unlabelled" / f"manifest-{shard}.tsv")
+        made = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.nii.gz")}
+        cotrain(*words, "--shard", str(shard), "--shards", "2")
+        assert "Resuming after 2 finished cases" in capsys.readouterr().out
+        assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.nii.gz")} == made
+        manifest = read_table(folder / f"manifest-{shard}.tsv")
+        assert list(manifest["case"]) == list(sharded["case"])
+    (folder / "manifest-1.tsv").unlink()
+    write_table(table, arrays)
+    cotrain(*words)
+    capsys.readouterr()
     # All are there: nothing is written again.
     cotrain(*words)
     assert "is finished already; it stays as it is" in capsys.readouterr().out
@@ -502,8 +516,10 @@ def test_images_in_an_orientation_that_was_not_learnt_are_warned_of(tiny, tmp_pa
     assert "WARNING: 1 of 2 images are stored in another orientation" in said
     assert f"such as flipped_u ({orientation_of(rows['flipped_u'])})" in said
     both = {**planned.dataset, "orientations": sorted(map(orientation_of, rows.values()))}
-    checked_table(arguments, Planned(planned.plans, both))
-    assert "WARNING" not in capsys.readouterr().out
+    untold = {name: value for name, value in planned.dataset.items() if name != "orientations"}
+    for dataset in (both, untold):
+        checked_table(arguments, Planned(planned.plans, dataset))
+        assert "WARNING" not in capsys.readouterr().out
 
 
 def test_networks_that_did_not_end_the_same_run_are_not_averaged(tmp_path):

@@ -202,7 +202,9 @@ def test_signs_of_life_leave_alone_when_the_command_began_and_end_it_for_who_cam
     assert notice_of("heart").stat().st_mtime == began
     assert sent == []
     leave_notice("heart")
-    time.sleep(0.3)
+    deadline = time.monotonic() + 30
+    while not sent and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert sent == [(os.getpid(), signal.SIGINT)]
     assert "taken this one for dead; this one ends" in capsys.readouterr().out
     signs.end()
@@ -220,6 +222,17 @@ def test_a_queue_that_does_not_answer_is_asked_twice_and_stops_the_command(folde
     assert (folder / "asked").read_text() == "\n\n"
     # Nothing was taken over.
     assert not notice_of("heart").exists()
+
+
+def test_a_local_command_after_one_that_ended_does_without_the_queue(folder, queue, capsys):
+    queue()
+    (folder / "bin/squeue").write_text("#!/bin/sh\nexit 1\n")
+    leave_notice("heart", run="theirs", ended=True)
+    start("heart")
+    assert "squeue did not say which jobs" in capsys.readouterr().out
+    leave_notice("heart", run="theirs")
+    with pytest.raises(InputError, match="squeue did not say which jobs"):
+        start("heart")
 
 
 @pytest.mark.parametrize("ended", [False, True])

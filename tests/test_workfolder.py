@@ -160,13 +160,16 @@ def test_work_begun_on_another_device_is_refused_and_kept(tmp_path):
     assert not (tmp_path / "step.lock").exists()
     with WorkFolder(tmp_path, begun) as work:
         assert work.resumable
+        work.claim(done=3, total=9)
     # Snakemake may repeat what is finished, on any node: nothing is left to compute.
     with WorkFolder(tmp_path, here) as work:
         assert work.resumable
         work.claim(done=9, total=9)
-    with WorkFolder(tmp_path, begun) as work:
-        assert work.resumable
-        work.claim(done=9, total=9)
+    assert json.loads((tmp_path / "step.identity.json").read_text()) == begun
+    # Killed before anything was saved, it begins anew with what is here.
+    with WorkFolder(tmp_path, here) as work:
+        work.claim(done=0, total=9)
+    assert json.loads((tmp_path / "step.identity.json").read_text()) == here
     # With other settings it is other work, whatever the device.
     with WorkFolder(tmp_path, {**here, "seed": 2}) as work:
         assert not work.resumable

@@ -150,6 +150,8 @@ def test_the_slurm_plugin_asks_and_submits_by_what_the_snakefile_exchanges():
     assert "if status_of_jobs is None and sacct_query_duration is None:" in asks
     assert vars(inspect.getmodule(Executor))["query_job_status"].__name__ == "query_job_status"
     assert "executor.submit(self.run_job, job)" in inspect.getsource(Executor._submit_job)
+    of_arrays = inspect.getsource(Executor._submit_array_jobs)
+    assert "executor.submit(self.run_array_jobs, jobs)" in of_arrays
     assert "self._executor.cancel()" in inspect.getsource(JobScheduler)
 
 

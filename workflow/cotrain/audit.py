@@ -195,7 +195,7 @@ def audit_row(
         "reason": reason,
         "confidence": made["confidence"],
         "volume_ml": made["volume_ml"],
-        "absent": made["absent"],
+        "absent": made.get("absent", ""),
         "truth_dice": truth_dice,
     }
 
@@ -231,7 +231,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run `cotrain audit`."""
     labels = labels_from(arguments.labels)
-    manifest = pd.concat([read_table(each) for each in arguments.manifests])
+    # Of older code, some lack a column.
+    manifest = pd.concat([read_table(each) for each in arguments.manifests]).fillna("")
     sets = {arguments.masks: manifest.to_dict("records")}
     for folder in set(arguments.source_masks) - {arguments.masks}:
         tables = map(read_table, sorted(folder.glob("manifest-*.tsv")))

@@ -25,14 +25,17 @@ from torch import nn
 
 from cotrain.device import arrange_for_cpu, autocast, device_of, precision_of
 from cotrain.errors import InputError
-from cotrain.files import read_table, sha256_of, write_table
+from cotrain.files import read_table, sha256_of, write_table, write_text
 from cotrain.masks import MANIFEST_COLUMNS, labels_on_image_grid, quantised, write_mask
 from cotrain.nnunet import Planned, arrays_of
 from cotrain.provenance import keep_provenance
 from cotrain.settings import Inference, InferStage, Section, learnt_of, load
 from cotrain.shards import remove_manifests_beyond, shard_of
 from cotrain.slices import patch_of, slices_of
-from cotrain.workfolder import WorkFolder
+from cotrain.workfolder import WorkFolder, content_of
+
+OF_A_PROCESS = ("device", "precision")
+"""Facts in which the processes that make a mask set may differ."""
 
 
 def load_deployed(planned: Planned, checkpoint: Path, network: str) -> nn.Module:
@@ -208,12 +211,14 @@ def make_mask_set(
 ) -> None:
     """Write the mask set of one shard, going on after the last finished case.
 
-    A finished case stays where others are added, taken away or preprocessed anew.
+    A finished case stays where others are added, taken away or preprocessed anew, where cases are
+    shared out in another way, and on another device: a mask is whole by itself.
 
     slabs_of: function of a case's path without suffix that yields slabs `(scores, soft)` from the
     first slice to the last: logits or probabilities `(K, d, Y, X)` and the soft mask
     `(K-1, d, Y, X)` uint8. inputs: files whose change makes all finished cases worthless. sources:
-    manifests of the masks that these are made from, case by case. facts: added to the provenance.
+    manifests of the masks that these are made from, case by case. facts: added to the provenance;
+    `device` and `precision` are those of this process, others belong to the identity.
     """
     rows = shard_of(
         read_table(arguments.cases).to_dict("records"), arguments.shard, arguments.shards
@@ -224,7 +229,7 @@ def make_mask_set(
     identity = {
         "inputs": {str(path): sha256_of(path) for path in inputs},
         "settings": learnt_of(settings),
-        **facts,
+        **{name: fact for name, fact in facts.items() if name not in OF_A_PROCESS},
     }
     work = WorkFolder(arguments.out_dir / "work", identity, name=f"shard-{arguments.shard}")
     with work:
@@ -234,7 +239,7 @@ def make_mask_set(
         if not work.resumable:
             for left_over in (finished, provenance, manifest_path):
                 left_over.unlink(missing_ok=True)
-        manifest = _finished_rows(finished, made_from)
+        manifest = _finished_rows(work, made_from)
         if manifest_path.is_file() and _has_all(manifest_path, manifest, rows):
             # By another job, for which this one waited: newer files would rerun what follows.
             print(f"{manifest_path} is finished already; it stays as it is.", flush=True)
@@ -271,7 +276,8 @@ def make_mask_set(
             work.insist()
             manifest.append(made)
             with open(finished, "a") as opened:
-                noted = {**made, "made_from": made_from[row["case"]]}
+                here = {name: facts[name] for name in OF_A_PROCESS if name in facts}
+                noted = {**made, **here, "made_from": made_from[row["case"]]}
                 opened.write(json.dumps(noted) + "\n")
             print(_line_of(made, done=number, total=len(rows)), end="", flush=True)
             left = work.report(number, len(rows), "cases")
@@ -284,7 +290,7 @@ def make_mask_set(
             seed=None,
             inputs=[*inputs, preprocessed, *sources],
             cpu_seconds_before=work.cpu_seconds_before,
-            **facts,
+            **{**facts, **_of_all_processes(noted_rows(finished), facts)},
         )
         # In the order of the cases, even where one in their midst was made again.
         place = {row["case"]: number for number, row in enumerate(rows)}
@@ -327,22 +333,39 @@ def _made_from(preprocessed: Path, sources: Sequence[Path]) -> dict[str, list[st
     return made_from
 
 
-def _finished_rows(path: Path, made_from: dict[str, list[str]]) -> list[dict]:
+def _finished_rows(work: WorkFolder, made_from: dict[str, list[str]]) -> list[dict]:
     """Return the noted rows of finished cases whose files are there as they were made.
 
-    path: `work/shard-N.finished.jsonl` of a mask set. made_from: what each case's masks are made
-    from now. A line cut short by a kill does not count.
+    work: that of one of the shards; cases that now belong to it may have been finished by another.
+    made_from: what each of its cases' masks are made from now. A line cut short by a kill does not
+    count.
     """
-    if not path.is_file():
-        return []
+    notes = work.folder / f"{work.name}.finished.jsonl"
+    noted = []
+    for path in sorted(work.folder.glob("shard-*.finished.jsonl")):
+        identity = content_of(path.with_name(path.name.replace("finished.jsonl", "identity.json")))
+        if identity == work.identity:
+            noted += noted_rows(path)
     # One edited or deleted is made again: an audit that refused it says how to get there.
-    rows = [
-        row
-        for row in noted_rows(path)
-        if row.get("made_from") == made_from.get(row["case"]) and _is_whole(row, path.parents[1])
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return rows
+    rows = {
+        row["case"]: row
+        for row in noted
+        if row.get("made_from") == made_from.get(row["case"], [])
+        and _is_whole(row, notes.parents[1])
+    }
+    # Those of other shards stay noted for these, which may not have begun.
+    others = [row for row in noted_rows(notes) if row["case"] not in made_from]
+    write_text("".join(json.dumps(row) + "\n" for row in [*others, *rows.values()]), notes)
+    return list(rows.values())
+
+
+def _of_all_processes(noted: list[dict], facts: dict[str, object]) -> dict[str, str]:
+    """Return the devices and number formats that finished cases were inferred with."""
+    return {
+        name: ", ".join(sorted({row[name] for row in noted if name in row}))
+        for name in OF_A_PROCESS
+        if name in facts
+    }
 
 
 def _has_all(manifest: Path, finished: list[dict], rows: list[dict]) -> bool:

@@ -99,14 +99,15 @@ def checked_table(arguments: argparse.Namespace, planned: Planned) -> pd.DataFra
     tasks = [(row, False) for row in table.to_dict("records")]
     examined = list(all_examined(tasks, {}, jobs=arguments.threads))
     refuse([problem for case in examined for problem in case.problems], where="the images")
-    learnt = planned.dataset["orientations"]
+    # An experiment that was planned by older code does not tell.
+    learnt = planned.dataset.get("orientations", [])
     others = [case for case in examined if case.orientation not in learnt]
-    if others:
+    if learnt and others:
         print(
             f"WARNING: {len(others)} of {len(examined)} images are stored in another orientation "
             f"than the labelled ones ({', '.join(learnt)}), such as {others[0].name} "
             f"({others[0].orientation}): to the networks their anatomy is mirrored or turned. "
-            "Reorient them, e.g. with nibabel.as_closest_canonical.",
+            "Reorient the images to one that was learnt.",
             flush=True,
         )
     return table

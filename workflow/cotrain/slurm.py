@@ -129,6 +129,12 @@ def cancel(jobs: list[str]) -> str | None:
     return words or "they do not end"
 
 
+def cancel_run(run: str) -> str | None:
+    """Cancel all jobs of a command, by what they are called; return what is wrong with that."""
+    code, words = _ask("scancel", f"--name={run}")
+    return None if code == 0 else words or "scancel did not answer"
+
+
 def seconds_of(duration: str) -> int | None:
     """Return the seconds of SLURM's `days-hours:minutes:seconds`; None where it is no duration."""
     days, dash, clock = duration.rpartition("-")

@@ -45,17 +45,22 @@ def take_over(
         if notice is not None and _lives_on(notice):
             raise InputError(_refusal(name, notice))
     submitted = [name for name, notice in notices.items() if notice and notice.get("run")]
+    killed = [name for name in submitted if not notices[name].get("ended")]
     if shutil.which("squeue") is None:
-        killed = [name for name in submitted if not notices[name].get("ended")]
         if killed:
             raise InputError(
                 f"The command for {killed[0]} that was killed on {notices[killed[0]]['host']} may "
                 "have left SLURM jobs, and squeue is not here to tell; type this where it is, or "
                 f"remove {notice_of(killed[0])} once no job of this folder is in the queue."
             )
-    # Also after one that ended by itself: interrupted while it asks, the plugin cancels nothing.
     elif run or submitted:
-        _cancel_jobs_left_behind(notices, say)
+        try:
+            _cancel_jobs_left_behind(notices, say)
+        except InputError as error:
+            # One that ended by itself has hardly left any: interrupted while SLURM was silent.
+            if run or killed:
+                raise
+            say(str(error))
     return SignsOfLife(makes, run)
 
 
@@ -98,7 +103,9 @@ class SignsOfLife:
             if self._is_taken_over():
                 # It has cancelled this one's jobs, which would be submitted beside its own.
                 print("Another command has taken this one for dead; this one ends.", flush=True)
-                os.kill(os.getpid(), signal.SIGINT)
+                # Begun in a script's background, a process hears no SIGINT.
+                deaf = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+                os.kill(os.getpid(), signal.SIGTERM if deaf else signal.SIGINT)
                 return
 
     def _is_taken_over(self) -> bool:

@@ -64,7 +64,7 @@ class WorkFolder:
         self.identity = identity
         self.name = name
         self.resumable = False
-        self._begun_elsewhere = ""
+        self._begun_elsewhere, self._found = "", {}
         self.cpu_seconds_before = 0.0
         self._seconds_before = 0.0
         self._lock = self.folder / f"{name}.lock"
@@ -124,8 +124,7 @@ class WorkFolder:
                 " ".join(identity.get(key, "") for key in ("device", "precision")).strip()
                 for identity in (found, self.identity)
             )
-            # Where all is finished, a repeat computes nothing, and it stays what it is.
-            self.identity = found
+            self._found = found
             self._begun_elsewhere = (
                 f"The unfinished work in {self.folder} was done with {begun}, but this process "
                 f"would go on with {here}; ask for the same kind of node (a constraint, or "
@@ -157,7 +156,7 @@ class WorkFolder:
         Raises InputError where unfinished work was begun on another device or in another number
         format, which this process would go on with to other bits.
         """
-        if self._begun_elsewhere and done < total:
+        if self._begun_elsewhere and 0 < done < total:
             raise InputError(self._begun_elsewhere)
         if not self.resumable:
             for left_over in (self._starts_file, self._progress_file):
@@ -165,7 +164,9 @@ class WorkFolder:
         before = content_of(self._progress_file) or {}
         self.cpu_seconds_before = before.get("cpu_seconds", 0.0)
         self._seconds_before = before.get("seconds", 0.0)
-        write_json(self.identity, self._identity_file)
+        # Where all is finished, a repeat computes nothing, and it stays what it is.
+        finished_elsewhere = self._begun_elsewhere and done == total
+        write_json(self._found if finished_elsewhere else self.identity, self._identity_file)
         is_new = not self._starts_file.exists()
         with open(self._starts_file, "a") as table:
             if is_new:

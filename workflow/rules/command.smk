@@ -133,37 +133,60 @@ def bear_with_a_silent_slurm():
         return
     executor = workflow.scheduler._executor
     plugin = sys.modules[type(executor).__module__]
-    query, submit, cancel = plugin.query_job_status, executor.run_job, executor.cancel
+    query, cancel = plugin.query_job_status, executor.cancel
     pause = workflow.remote_execution_settings.seconds_between_status_checks
     squeue = plugin.query_job_status_squeue(executor.run_uuid)
     interrupted = threading.Event()
 
     async def query_until_answered(command, log):
-        while True:
+        while not interrupted.is_set():
             # When the controller is away, the plugin asks sacct, which a cluster may not have.
             for each in (command, squeue):
                 answer = await query(each, log)
-                if answer != (None, None) or interrupted.is_set():
+                if answer != (None, None):
                     return answer
             log.warning("SLURM does not say how the jobs are; asking again.")
             await asyncio.sleep(pause)
+        return None, None
 
-    # In a thread of the plugin's, so that nothing else waits.
-    def submit_again_later(job):
-        if job.attempt > 1:
-            interrupted.wait((job.attempt - 1) * pause)
-            while not (interrupted.is_set() or slurm.answers()):
-                logger.warning(f"SLURM does not answer; {job.name} waits for it.")
-                interrupted.wait(pause)
+    def wait_and_submit(submit, asked, attempt):
+        interrupted.wait((attempt - 1) * pause)
+        while not (interrupted.is_set() or slurm.answers()):
+            logger.warning("SLURM does not answer; what is to be submitted waits.")
+            interrupted.wait(pause)
         if not interrupted.is_set():
-            submit(job)
+            submit(asked)
+
+    def again_later(submit):
+        def submit_or_wait(asked):
+            attempt = max(
+                job.attempt for job in ([asked] if submit == run_job else asked)
+            )
+            if attempt == 1:
+                submit(asked)
+            else:
+                # Not in the plugin's few threads, where the submissions of others would wait, too.
+                words = (submit, asked, attempt)
+                threading.Thread(
+                    target=wait_and_submit, args=words, daemon=True
+                ).start()
+
+        return submit_or_wait
 
     def cancel_and_ask_no_more():
         interrupted.set()
         cancel()
+        # Asked for just now, jobs are not in the plugin's list.
+        trouble = slurm.cancel_run(executor.run_uuid)
+        if trouble:
+            logger.warning(
+                f"Jobs may run on ({trouble}); the next command cancels them."
+            )
 
+    run_job = executor.run_job
     plugin.query_job_status = query_until_answered
-    executor.run_job = submit_again_later
+    executor.run_job = again_later(run_job)
+    executor.run_array_jobs = again_later(executor.run_array_jobs)
     executor.cancel = cancel_and_ask_no_more
 
 
