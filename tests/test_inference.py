@@ -382,6 +382,17 @@ def test_masks_stay_where_a_case_is_added_and_another_is_preprocessed_anew(
         if (folder / f"{case}.nii.gz").stat().st_mtime_ns == time
     ]
     assert kept == [rows["case"][0], rows["case"][3]]
+    # Killed before that was told, it is told.
+    told = (folder / "manifest-0.tsv").read_text()
+    write_table(
+        read_table(folder / "manifest-0.tsv").replace(
+            sha256_of(folder / f"{rows['case'][2]}.nii.gz"), "of the one before"
+        ),
+        folder / "manifest-0.tsv",
+    )
+    cotrain(*words)
+    assert (folder / "manifest-0.tsv").read_text() == told
+    capsys.readouterr()
     # Shared out in another way, each case goes with its shard.
     for shard in (1, 0):
         sharded = table[shard::2]

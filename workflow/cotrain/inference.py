@@ -240,7 +240,7 @@ def make_mask_set(
             for left_over in (finished, provenance, manifest_path):
                 left_over.unlink(missing_ok=True)
         manifest = _finished_rows(work, made_from)
-        if manifest_path.is_file() and _has_all(manifest_path, manifest, rows):
+        if len(manifest) == len(rows) and _tells_of(manifest, manifest_path):
             # By another job, for which this one waited: newer files would rerun what follows.
             print(f"{manifest_path} is finished already; it stays as it is.", flush=True)
             return
@@ -368,10 +368,14 @@ def _of_all_processes(noted: list[dict], facts: dict[str, object]) -> dict[str, 
     }
 
 
-def _has_all(manifest: Path, finished: list[dict], rows: list[dict]) -> bool:
-    """Return whether a manifest is that of these finished cases, and they are all of `rows`."""
-    wanted = [row["case"] for row in rows]
-    return len(finished) == len(wanted) and list(read_table(manifest)["case"]) == wanted
+def _tells_of(finished: list[dict], manifest: Path) -> bool:
+    """Return whether a manifest is there, and tells of the files of just these finished cases."""
+    if not manifest.is_file():
+        return False
+    columns = ["case", "mask_sha256", "soft_sha256"]
+    told = read_table(manifest)[columns].to_dict("records")
+    made = [{column: row[column] for column in columns} for row in finished]
+    return sorted(told, key=lambda row: row["case"]) == sorted(made, key=lambda row: row["case"])
 
 
 def noted_rows(path: Path) -> list[dict]:
