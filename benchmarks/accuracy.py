@@ -639,11 +639,13 @@ def _gain(values: pd.Series, others: pd.Series) -> str:
     if both.empty:
         return ""
     gain = paired_gain(values[both], others[both])
+    # Adding 0.0 turns a rounded -0.0 into 0.0.
+    mean = f"{round(gain.mean, 1) + 0.0:+.1f}"
     if gain.cases < 3:
-        return f"{gain.mean:+.1f}"
+        return mean
     # A bound next to zero must show its side of it.
     digits = 2 if min(abs(gain.low), abs(gain.high)) < 0.1 else 1
-    text = f"{gain.mean:+.1f} ({gain.low:+.{digits}f} to {gain.high:+.{digits}f})"
+    text = f"{mean} ({gain.low:+.{digits}f} to {gain.high:+.{digits}f})"
     return f"**{text}**" if gain.low > 0 or gain.high < 0 else text
 
 

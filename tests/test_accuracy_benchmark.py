@@ -176,6 +176,7 @@ def test_an_interval_needs_three_sets_and_shows_on_which_side_of_zero_it_ends(ac
     assert accuracy._gain(pd.Series([1.0, 2.0, 3.0]), zero) == "+2.0 (-0.5 to +4.5)"
     assert accuracy._gain(pd.Series([0.6, 1.0, 1.4]), zero) == "**+1.0 (+0.01 to +1.99)**"
     assert accuracy._gain(pd.Series([1.0, 2.0]), zero) == "+1.5"
+    assert accuracy._gain(pd.Series([-0.03, 0.01]), zero) == "+0.0"
 
 
 def test_what_each_number_of_labels_gains_is_put_side_by_side(accuracy, stored):
