@@ -190,11 +190,12 @@ def test_time_is_added_up_over_arms_rounds_and_shards(tmp_path):
         "plan": (1, 5), "train_2d": (3, 300), "pseudo_2d": (2, 15), "audit/train_2d": (1, 1),
     }  # fmt: skip
     # The 110 s are those of the last of several allocations, and the 8 s those of a repeat.
-    for name, seconds in {
-        "train_2d/work/step": 5000,
-        "../round-00/pseudo_2d/work/shard-1": 70,
-    }.items():
-        write(results / f"cotrain/round-01/{name}.progress.json", json.dumps({"seconds": seconds}))
+    for stage, name, seconds in (
+        ("round-01/train_2d", "step", 5000),
+        ("round-00/pseudo_2d", "shard-1", 70),
+    ):
+        told = results / "cotrain" / stage / "work" / f"{name}.progress.json"
+        write(told, json.dumps({"seconds": seconds}))
     assert seconds_per_stage(results, benchmarks=tmp_path) == {
         "plan": (1, 5), "train_2d": (3, 5190), "pseudo_2d": (2, 77), "audit/train_2d": (1, 1),
     }  # fmt: skip
