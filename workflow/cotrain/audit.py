@@ -18,7 +18,15 @@ from cotrain.errors import InputError
 from cotrain.files import read_table, sha256_of, write_json, write_table
 from cotrain.nifti import check_same_grid, read_labels, voxel_volume_ml
 from cotrain.nnunet import Planned
-from cotrain.review import EMPTY, LOST, OUTLIVED, labels_lost, masks_of, read_review
+from cotrain.review import (
+    EMPTY,
+    LOST,
+    OUTLIVED,
+    absent_labels,
+    labels_lost,
+    masks_of,
+    read_review,
+)
 
 COLUMNS = [
     "case",
@@ -103,7 +111,7 @@ def told_of_replacement(mask: Path, image: str, labels: dict[str, int]) -> dict[
     return {
         "confidence": "1.0000",
         "volume_ml": f"{volume_ml:.6g}",
-        "absent": ";".join(name for name, value in labels.items() if value not in present),
+        "absent": absent_labels(present, labels),
     }
 
 

@@ -226,10 +226,11 @@ def make_mask_set(
     # Other shards may still be preprocessed.
     preprocessed = arguments.preprocessed / arguments.split / f"manifest-{arguments.shard}.tsv"
     made_from = _made_from(preprocessed, sources)
+    here = {name: facts[name] for name in OF_A_PROCESS if name in facts}
     identity = {
         "inputs": {str(path): sha256_of(path) for path in inputs},
         "settings": learnt_of(settings),
-        **{name: fact for name, fact in facts.items() if name not in OF_A_PROCESS},
+        **{name: fact for name, fact in facts.items() if name not in here},
     }
     work = WorkFolder(arguments.out_dir / "work", identity, name=f"shard-{arguments.shard}")
     with work:
@@ -274,11 +275,10 @@ def make_mask_set(
                 seconds=time.time() - began,
             )
             work.insist()
+            made |= {**here, "made_from": made_from[row["case"]]}
             manifest.append(made)
             with open(finished, "a") as opened:
-                here = {name: facts[name] for name in OF_A_PROCESS if name in facts}
-                noted = {**made, **here, "made_from": made_from[row["case"]]}
-                opened.write(json.dumps(noted) + "\n")
+                opened.write(json.dumps(made) + "\n")
             print(_line_of(made, done=number, total=len(rows)), end="", flush=True)
             left = work.report(number, len(rows), "cases")
             print(f"  {left:.0f} s left", flush=True)
@@ -290,7 +290,7 @@ def make_mask_set(
             seed=None,
             inputs=[*inputs, preprocessed, *sources],
             cpu_seconds_before=work.cpu_seconds_before,
-            **{**facts, **_of_all_processes(noted_rows(finished), facts)},
+            **facts | {name: ", ".join(sorted({made[name] for made in manifest})) for name in here},
         )
         # In the order of the cases, even where one in their midst was made again.
         place = {row["case"]: number for number, row in enumerate(rows)}
@@ -357,15 +357,6 @@ def _finished_rows(work: WorkFolder, made_from: dict[str, list[str]]) -> list[di
     others = [row for row in noted_rows(notes) if row["case"] not in made_from]
     write_text("".join(json.dumps(row) + "\n" for row in [*others, *rows.values()]), notes)
     return list(rows.values())
-
-
-def _of_all_processes(noted: list[dict], facts: dict[str, object]) -> dict[str, str]:
-    """Return the devices and number formats that finished cases were inferred with."""
-    return {
-        name: ", ".join(sorted({row[name] for row in noted if name in row}))
-        for name in OF_A_PROCESS
-        if name in facts
-    }
 
 
 def _tells_of(finished: list[dict], manifest: Path) -> bool:

@@ -18,6 +18,7 @@ from cotrain.errors import InputError
 from cotrain.files import sha256_of, write_atomically
 from cotrain.nifti import voxel_volume_ml, write_labels
 from cotrain.nnunet import Planned
+from cotrain.review import absent_labels
 
 LOCATIONS_PER_LABEL = 500
 SLICE_BY_SLICE = {
@@ -256,9 +257,6 @@ def write_mask(
     # An edit in place would teach nothing: a viewer is to save it under a new name.
     mask_path.chmod(0o444)
     voxel_ml = voxel_volume_ml(nibabel.load(image).affine)
-    present = set(np.unique(labels).tolist())
-    names = planned.dataset["labels"].items()
-    absent = [name for name, value in names if value and value not in present]
     return {
         "case": case,
         "mask": mask_path.name,
@@ -267,6 +265,6 @@ def write_mask(
         "soft_sha256": sha256_of(soft_path),
         "confidence": f"{confidence_of(soft):.4f}",
         "volume_ml": f"{np.count_nonzero(labels) * voxel_ml:.6g}",
-        "absent": ";".join(absent),
+        "absent": absent_labels(np.unique(labels).tolist(), planned.dataset["labels"]),
         "seconds": f"{seconds:.2f}",
     }

@@ -27,6 +27,11 @@ LOST = (
 """What is said of a label in `labels_lost`."""
 
 
+def absent_labels(present: Collection[int], labels: Mapping[str, int]) -> str:
+    """Return the names of labels whose value is not present in a mask, separated by `;`."""
+    return ";".join(name for name, value in labels.items() if value and value not in present)
+
+
 def labels_lost(audit: pd.DataFrame) -> list[str]:
     """Return the names of labels that are in none of an audit's masks that teach."""
     teach = audit[audit["accepted"] == "true"]

@@ -99,8 +99,7 @@ class SignsOfLife:
 
     def _beat(self) -> None:
         while not self._ended.wait(workfolder.HEARTBEAT_SECONDS):
-            self._renew()
-            if self._is_taken_over():
+            if not self._renew():
                 # It has cancelled this one's jobs, which would be submitted beside its own.
                 print("Another command has taken this one for dead; this one ends.", flush=True)
                 # Begun in a script's background, a process hears no SIGINT.
@@ -108,22 +107,18 @@ class SignsOfLife:
                 os.kill(os.getpid(), signal.SIGTERM if deaf else signal.SIGINT)
                 return
 
-    def _is_taken_over(self) -> bool:
-        with contextlib.suppress(OSError):
-            found = [content_of(notice) for notice in self._told]
-            return any(each is not None and not self._is_ours(each) for each in found)
-        return False
-
-    def _is_ours(self, notice: dict) -> bool:
-        return self._owner.items() <= notice.items()
-
-    def _renew(self) -> None:
+    def _renew(self) -> bool:
+        """Write the notices anew; return False where another command has written one since."""
+        all_ours = True
         # A network file system that is away for a while must not end the signs of life.
         with contextlib.suppress(OSError):
             for notice in self._told:
                 found = content_of(notice)
-                if found is None or self._is_ours(found):
+                if found is None or self._owner.items() <= found.items():
                     self._write(notice)
+                else:
+                    all_ours = False
+        return all_ours
 
     def _write(self, notice: Path) -> None:
         told = {**self._told[notice], "heartbeat": time.time(), "ended": self._ended.is_set()}

@@ -64,7 +64,7 @@ class WorkFolder:
         self.identity = identity
         self.name = name
         self.resumable = False
-        self._begun_elsewhere, self._found = "", {}
+        self._begun_elsewhere: dict | None = None
         self.cpu_seconds_before = 0.0
         self._seconds_before = 0.0
         self._lock = self.folder / f"{name}.lock"
@@ -120,16 +120,7 @@ class WorkFolder:
             return True
         changed = {key for key in self.identity if found.get(key) != self.identity[key]}
         if found.keys() == self.identity.keys() and changed <= {"device", "precision"}:
-            begun, here = (
-                " ".join(identity.get(key, "") for key in ("device", "precision")).strip()
-                for identity in (found, self.identity)
-            )
-            self._found = found
-            self._begun_elsewhere = (
-                f"The unfinished work in {self.folder} was done with {begun}, but this process "
-                f"would go on with {here}; ask for the same kind of node (a constraint, or "
-                "compute.device and compute.precision), or remove that folder to begin again."
-            )
+            self._begun_elsewhere = found
             return True
         return False
 
@@ -157,7 +148,15 @@ class WorkFolder:
         format, which this process would go on with to other bits.
         """
         if self._begun_elsewhere and 0 < done < total:
-            raise InputError(self._begun_elsewhere)
+            begun, here = (
+                " ".join(identity.get(key, "") for key in ("device", "precision")).strip()
+                for identity in (self._begun_elsewhere, self.identity)
+            )
+            raise InputError(
+                f"The unfinished work in {self.folder} was done with {begun}, but this process "
+                f"would go on with {here}; ask for the same kind of node (a constraint, or "
+                "compute.device and compute.precision), or remove that folder to begin again."
+            )
         if not self.resumable:
             for left_over in (self._starts_file, self._progress_file):
                 left_over.unlink(missing_ok=True)
@@ -165,8 +164,8 @@ class WorkFolder:
         self.cpu_seconds_before = before.get("cpu_seconds", 0.0)
         self._seconds_before = before.get("seconds", 0.0)
         # Where all is finished, a repeat computes nothing, and it stays what it is.
-        finished_elsewhere = self._begun_elsewhere and done == total
-        write_json(self._found if finished_elsewhere else self.identity, self._identity_file)
+        stays = self._begun_elsewhere if done == total else None
+        write_json(stays or self.identity, self._identity_file)
         is_new = not self._starts_file.exists()
         with open(self._starts_file, "a") as table:
             if is_new:

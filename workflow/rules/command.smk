@@ -159,9 +159,8 @@ def bear_with_a_silent_slurm():
 
     def again_later(submit):
         def submit_or_wait(asked):
-            attempt = max(
-                job.attempt for job in ([asked] if submit == run_job else asked)
-            )
+            jobs = asked if isinstance(asked, list) else [asked]
+            attempt = max(job.attempt for job in jobs)
             if attempt == 1:
                 submit(asked)
             else:
@@ -183,9 +182,8 @@ def bear_with_a_silent_slurm():
                 f"Jobs may run on ({trouble}); the next command cancels them."
             )
 
-    run_job = executor.run_job
     plugin.query_job_status = query_until_answered
-    executor.run_job = again_later(run_job)
+    executor.run_job = again_later(executor.run_job)
     executor.run_array_jobs = again_later(executor.run_array_jobs)
     executor.cancel = cancel_and_ask_no_more
 
