@@ -115,7 +115,10 @@ def test_inference_goes_on_with_the_next_case(project, undisturbed):
         shutil.copytree(undisturbed.folder / MASKS.parents[1] / name, path)
     controller = project.start(MASKS)
     finished = project.folder / MASKS.parent / "work/shard-0.finished.jsonl"
-    wait_until(finished.is_file, seconds=300, what="a case")
+    # It is there from the start, still empty.
+    wait_until(
+        lambda: finished.is_file() and "\n" in finished.read_text(), seconds=300, what="a case"
+    )
     project.cluster.run("scancel", project.job("infer_pseudo_masks")["id"])
     seen = len(finished.read_text().splitlines())
     assert controller.wait(600) == 0, project.said()[-3000:]
