@@ -37,7 +37,7 @@ from cotrain.files import (
 )
 from cotrain.nifti import read_labels
 from cotrain.settings import Settings, check
-from cotrain.summary import paired_gain, read_evaluations
+from cotrain.summary import mean_and_sd, paired_gain, read_evaluations
 
 CLONE = Path(__file__).parents[1]
 STORED = CLONE / "benchmarks" / "accuracy.tsv"
@@ -525,11 +525,11 @@ def table_of(standings: list[Standing]) -> list[str]:
         cells = [
             standing.method.words,
             " ".join(map(str, sets.index)),
-            _spread(standing.dice),
-            _spread(100 * sets["worst"]),
-            _spread(100 * sets["jaccard"]),
-            _spread(sets["hd95_mm"], digits=2),
-            _spread(sets["asd_mm"], digits=2),
+            mean_and_sd(standing.dice),
+            mean_and_sd(100 * sets["worst"]),
+            mean_and_sd(100 * sets["jaccard"]),
+            mean_and_sd(sets["hd95_mm"], digits=2),
+            mean_and_sd(sets["asd_mm"], digits=2),
             _over(standing, named.get(BASELINE)),
             _gap(standing, named.get(BASELINE), named.get(BOUND)),
             _minutes(standing),
@@ -551,7 +551,7 @@ def answer_of(standings: list[Standing]) -> list[str]:
             for product in products
         ]
         words = f"**{standing.method.words}**" if is_product else standing.method.words
-        cells = [words, " ".join(map(str, standing.sets.index)), _spread(standing.dice)]
+        cells = [words, " ".join(map(str, standing.sets.index)), mean_and_sd(standing.dice)]
         cells += [_minutes(standing), *gains]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -601,7 +601,7 @@ def numbers_of(by_number: dict[int, list[Standing]]) -> list[str]:
                 cells += ["", "", ""]
                 continue
             before, after = named[control].dice, named[product].dice
-            cells += [_spread(before), _spread(after), _gain(after, before)]
+            cells += [mean_and_sd(before), mean_and_sd(after), _gain(after, before)]
         sets = named[BASELINE].sets.index if BASELINE in named else []
         lines.append(f"| {labelled} | {' '.join(map(str, sets))} | {' | '.join(cells)} |")
     return lines
@@ -625,11 +625,6 @@ def _minutes(standing: Standing) -> str:
     return "" if minutes.empty else f"{minutes.mean():.0f}"
 
 
-def _spread(values: pd.Series, *, digits: int = 1) -> str:
-    text = f"{values.mean():.{digits}f}"
-    return text + (f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else "")
-
-
 def _gain(values: pd.Series, others: pd.Series) -> str:
     """Return the gain of values over others, both by set, paired by the sets that both have.
 
@@ -639,8 +634,7 @@ def _gain(values: pd.Series, others: pd.Series) -> str:
     if both.empty:
         return ""
     gain = paired_gain(values[both], others[both])
-    # Adding 0.0 turns a rounded -0.0 into 0.0.
-    mean = f"{round(gain.mean, 1) + 0.0:+.1f}"
+    mean = f"{gain.mean:+z.1f}"
     if gain.cases < 3:
         return mean
     # A bound next to zero must show its side of it.
@@ -673,7 +667,8 @@ def masks_table(stored: pd.DataFrame) -> list[str]:
         dice, confidence = 100 * rows["true_dice"], 100 * rows["confidence"]
         lines.append(
             f"| {experiment} | {round_} | {masks.replace('d', 'D')} "
-            f"| {' '.join(map(str, rows['set']))} | {_spread(dice)} | {_spread(confidence)} |"
+            f"| {' '.join(map(str, rows['set']))} | {mean_and_sd(dice)} "
+            f"| {mean_and_sd(confidence)} |"
         )
     return lines
 

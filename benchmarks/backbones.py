@@ -62,7 +62,7 @@ def plan_of(stage: PlanStage, name: str, patch_size: list[int]) -> PlanStage:
     """Return the experiment's planning settings with one network exchanged."""
     network, changes = NETWORKS[name]
     if network == "2d":
-        own = {**stage.network_2d.model_dump(), "weights": "random", **changes}
+        own = {**stage.network_2d.model_dump(), **changes}
         return stage.model_copy(update={"network_2d": Network2D(**own)})
     own = {**stage.network_3d.model_dump(), "patch_size": patch_size, **changes}
     if "architecture" in changes:

@@ -40,7 +40,7 @@ from cotrain.cases import SPLITS, labels_from
 from cotrain.files import read_table, write_table, write_text
 from cotrain.nnunet import CONFIGURATIONS, Planned, nnunet_folders
 from cotrain.plan import DATASET_NAME
-from cotrain.settings import Compute, Section, as_yaml, check
+from cotrain.settings import Section, as_yaml, check
 
 # Our commands do this for themselves. Stock gets it here too: on a busy machine it would else be
 # several times slower, which would flatter us. Read by OpenMP when torch is imported.
@@ -186,7 +186,7 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> Prepared:
     for split in SPLITS:
         cotrain(
             *("preprocess", *preprocessed, "--cases", prepared.cases(split), *jobs),
-            *("--shard", 0, "--shards", 1, "--out-dir", prepared.preprocessed / split),
+            *("--out-dir", prepared.preprocessed / split),
             *(["--with-label"] if split == "labelled" else []),
         )
     training = {"iterations_per_epoch": 40, "epochs_per_round": 1}
@@ -361,11 +361,12 @@ def measure_training(prepared: Prepared, *, steps: int, repetitions: int) -> lis
 
 
 def has_fast_bf16() -> bool:
-    """Whether this CPU has bf16 instructions, as `compute.precision: auto` asks."""
-    from cotrain.device import device_of, precision_of
+    """Whether this CPU trains faster in bf16, as `compute.precision: auto` decides."""
+    import torch
 
-    compute = Compute(device="cpu")
-    return precision_of(compute, device_of(compute), training=True) == "bf16"
+    from cotrain.device import is_bf16_faster
+
+    return is_bf16_faster(torch.cpu.get_capabilities())
 
 
 def measure_inference(prepared: Prepared, *, repetitions: int) -> list[dict]:

@@ -12,6 +12,7 @@ import pytest
 from cotrain import make_table
 from cotrain.cases import cases_of, labels_from, read_cases
 from cotrain.errors import InputError
+from cotrain.files import read_table
 
 CONFIG_CASES = Path(__file__).parents[1] / "config" / "cases"
 GOOD = [
@@ -306,8 +307,9 @@ def make(folder: Path, *words: str) -> pd.DataFrame:
     make_table.add_arguments(parser)
     out = folder / "made.tsv"
     folders = ["--images", str(folder / "images"), "--labels", str(folder / "labels")]
-    make_table.run(parser.parse_args([*folders, "--out", str(out), *words]))
-    return pd.read_csv(out, sep="\t", dtype=str, keep_default_na=False)
+    arguments = parser.parse_args([*folders, "--out", str(out), *words])
+    make_table.run(arguments)
+    return read_table(arguments.out)
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -326,6 +328,20 @@ def test_make_table_takes_cases_without_a_label_as_unlabelled(tmp_path, capsys):
     assert list(made["split"]) == ["unlabelled", "labelled", "test"]
     assert list(made["label"]) == ["", *(str(tmp_path / f"labels/{x}.nii.gz") for x in "bc")]
     assert "1 labelled, 1 unlabelled, 1 test" in capsys.readouterr().out
+
+
+def test_make_table_writes_a_csv_where_its_name_says_so(tmp_path):
+    touch(tmp_path / "images", "a", "b")
+    touch(tmp_path / "labels", "a")
+    out = tmp_path / "cases.csv"
+    make(tmp_path, "--out", str(out))
+    assert list(read_cases(out, None)["split"]) == ["labelled", "unlabelled"]
+
+
+def test_a_cell_may_hold_a_separator_that_is_no_end_of_a_line(tmp_path):
+    path = tmp_path / "review.tsv"
+    path.write_text("case\tnote\none\tfirst\u2028second\x85third\ntwo\t\n")
+    assert read_table(path)["note"].tolist() == ["first\u2028second\x85third", ""]
 
 
 def test_make_table_joins_channels_in_the_order_of_the_suffixes(tmp_path):

@@ -31,6 +31,11 @@ def test_without_a_table_a_file_is_one_experiment():
     assert groups == {}
 
 
+def test_a_name_may_look_like_a_number(tmp_path):
+    experiments, _ = experiments_of(table(tmp_path, "experiment\n2024_01\n007\non\n"), source="x")
+    assert list(experiments) == ["2024_01", "007", "on"]
+
+
 def test_a_review_of_all_experiments_is_refused_and_one_of_each_is_not(tmp_path):
     content = table(tmp_path, "experiment review\none one.tsv\ntwo \n")
     experiments, _ = experiments_of(content, source="x")
@@ -122,6 +127,13 @@ def test_the_comparison_by_hand(three):
     assert f"{6 - half:+.1f} to {6 + half:+.1f}" in text
     assert "few: co-trained 3D - labels only 3D = +6.0 points" in text
     assert text.rstrip().endswith("a gain.")
+
+
+def test_a_difference_that_rounds_to_nothing_has_no_sign_of_a_loss(tmp_path):
+    evaluate(tmp_path / "evaluation", "labels_only", "3d", 0, [0.70])
+    evaluate(tmp_path / "evaluation", "cotrain", "3d", 0, [0.6999])
+    named = {"one": sorted((tmp_path / "evaluation").iterdir())}
+    assert "= +0.0 points" in text_of(table_of(named, {"one": "all"}))
 
 
 def test_one_experiment_of_a_group_has_no_interval(three):

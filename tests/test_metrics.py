@@ -98,23 +98,8 @@ def test_the_crop_changes_nothing_even_at_the_images_edge(seed):
     assert scores["asd_voxel"] == binary.asd(prediction, truth)
 
 
-def test_different_shapes_are_refused():
-    with pytest.raises(InputError, match=r"shape \(5, 6, 4\) but the true label \(5, 6, 3\)"):
-        score(mask(), mask(shape=(5, 6, 3)))
-
-
-def test_a_spacing_for_other_axes_is_refused():
-    with pytest.raises(InputError, match="3 axes"):
-        score(mask(), mask(), spacing_mm=(1.0, 1.0))
-
-
 def test_a_value_that_no_label_has_is_refused():
     with pytest.raises(InputError, match=r"mask holds the value 3.*organ=1"):
         score(mask((0, 0, 0), value=3), mask())
     with pytest.raises(InputError, match=r"true label holds the value 3"):
         score(mask(), mask((0, 0, 0), value=3))
-
-
-def test_background_is_no_label_to_score():
-    with pytest.raises(InputError, match="leave the background out"):
-        score_case(mask(), mask(), labels={"background": 0}, spacing_mm=SPACING_MM)

@@ -1,17 +1,12 @@
 """One contract for every 2D network, and what loading pretrained weights must never do silently."""
 
 import pytest
-import safetensors.torch
 import timm
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from cotrain.errors import InputError
-from cotrain.networks import (
-    TimmSegmentationNetwork,
-    load_pretrained_encoder,
-    takes_lora,
-)
+from cotrain.networks import TimmSegmentationNetwork, takes_lora
 from cotrain.training import MovingAverage
 
 LITE0 = {"encoder": "tf_efficientnet_lite0"}
@@ -74,15 +69,14 @@ def test_network_keeps_the_contract(network, adaptation):
 
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
 @pytest.mark.parametrize("network", [LITE0, PVT, VIT], ids=named)
-def test_loaded_encoder_gives_timms_own_features_of_a_grey_image(network, adaptation, tmp_path):
+def test_loaded_encoder_gives_timms_own_features_of_a_grey_image(network, adaptation):
     options = {"dynamic_img_size": True} if network is VIT else {}
     pretrained = timm.create_model(network["encoder"], **options).eval()
     for name, tensor in pretrained.named_buffers():
         if name.endswith("running_mean"):
             tensor.normal_()
-    safetensors.torch.save_file(pretrained.state_dict(), tmp_path / "encoder.safetensors")
     loaded = TimmSegmentationNetwork(1, 3, **network, adaptation=adaptation, lora_rank=4).eval()
-    load_pretrained_encoder(loaded, tmp_path / "encoder.safetensors")
+    loaded.load_encoder(pretrained.state_dict())
 
     grey = torch.randn(1, 1, 64, 96)
     with torch.inference_mode():
@@ -118,11 +112,6 @@ def test_weights_without_classifier_are_enough():
         network.model.encoder.model.blocks[0][0].conv_dw.weight,
         weights["blocks.0.0.conv_dw.weight"],
     )
-
-
-def test_missing_weights_file_stops_with_a_sentence(tmp_path):
-    with pytest.raises(InputError, match="does not exist"):
-        load_pretrained_encoder(build(LITE0), tmp_path / "none.safetensors")
 
 
 def test_nnunet_builds_the_network_from_plans_and_may_set_its_decoders_supervision():
@@ -193,8 +182,6 @@ def test_graph_is_whole_for_the_compiler():
     ("options", "sentence"),
     [
         ({"deep_supervision": True}, "Deep supervision"),
-        ({"adaptation": "half"}, "choose full, lora or frozen"),
-        ({"adaptation": "lora", "lora_rank": 0}, "LoRA rank is 0"),
         ({"encoder": "no_such_encoder"}, "has no encoder"),
         ({"encoder": "tf_efficientnet_lite0.no_such_tag"}, "has no encoder"),
         ({"decoder": "NoSuchDecoder"}, "cannot join"),

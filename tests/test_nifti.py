@@ -93,7 +93,7 @@ def test_labels_keep_the_images_grid_and_their_values(tmp_path, name, codes):
         "xyzt_units",
     ):
         np.testing.assert_array_equal(header[key], reference.header[key], err_msg=key)  # fmt: skip
-    check_same_grid(image, tmp_path / "labels.nii.gz", tolerance_voxels=0)
+    check_same_grid(image, tmp_path / "labels.nii.gz")
 
 
 @pytest.mark.parametrize("name", AFFINES)
@@ -151,15 +151,6 @@ def test_labels_of_another_shape_are_not_written(tmp_path):
     with pytest.raises(InputError, match=r"4x5x5 cannot be written .* which is 4x5x6"):
         write_labels(some_labels()[..., 1:], like=image, path=tmp_path / "labels.nii.gz")
     assert not (tmp_path / "labels.nii.gz").exists()
-
-
-@pytest.mark.parametrize("value", [256, -1, 0.5, np.nan])
-def test_labels_that_do_not_fit_uint8_are_not_written(tmp_path, value):
-    image = write_image(tmp_path / "image.nii.gz", np.eye(4))
-    labels = some_labels().astype(float)
-    labels[0, 0, 0] = value
-    with pytest.raises(InputError, match="no whole numbers from 0 to 255"):
-        write_labels(labels, like=image, path=tmp_path / "labels.nii.gz")
 
 
 def save_labels(path: Path, array: np.ndarray) -> Path:
@@ -238,7 +229,7 @@ def test_channels_whose_sizes_differ_at_all_are_refused(tmp_path):
     )
     check_same_grid(a, b)
     check_channels(a, c)
-    sentence = r"b\.nii\.gz has voxels of 0\.4883x1\.0x1\.0 mm and .* of 0\.488281x1\.0x1\.0 mm"
+    sentence = r"b\.nii\.gz has voxels of 0\.4883x1x1 mm and .* of 0\.488281x1x1 mm"
     with pytest.raises(InputError, match=sentence):
         check_channels(a, b)
 

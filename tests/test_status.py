@@ -183,11 +183,13 @@ def test_time_is_added_up_over_arms_rounds_and_shards(tmp_path):
         "plan": 5, "cotrain/round-00/train_2d": 100, "cotrain/round-01/train_2d": 110,
         "labels_only/round-00/train_2d": 90, "cotrain/round-00/pseudo_2d-0": 7,
         "cotrain/round-00/pseudo_2d-1": 8, "cotrain/round-00/audit/train_2d": 1,
+        "evaluation/cotrain_3d_round-02": 2, "evaluation/labels_only_3d_round-00": 3,
     }.items():  # fmt: skip
         write(tmp_path / f"{name}.tsv", f"s\th:m:s\tmax_rss\n{seconds}\t0:00:01\t12\n")
     results = tmp_path / "results"
     assert seconds_per_stage(results, benchmarks=tmp_path) == {
         "plan": (1, 5), "train_2d": (3, 300), "pseudo_2d": (2, 15), "audit/train_2d": (1, 1),
+        "evaluation/3d": (2, 5),
     }  # fmt: skip
     # The 110 s are those of the last of several allocations, and the 8 s those of a repeat.
     for stage, name, seconds in (
@@ -198,6 +200,7 @@ def test_time_is_added_up_over_arms_rounds_and_shards(tmp_path):
         write(told, json.dumps({"seconds": seconds}))
     assert seconds_per_stage(results, benchmarks=tmp_path) == {
         "plan": (1, 5), "train_2d": (3, 5190), "pseudo_2d": (2, 77), "audit/train_2d": (1, 1),
+        "evaluation/3d": (2, 5),
     }  # fmt: skip
 
 
@@ -249,6 +252,21 @@ def test_the_status_has_a_line_per_arm_and_round(experiment, capsys):
     assert "error.txt: KilledWorker: no memory" in text
     assert "train_2d | 1 | 1 h 02 min" in lines
     assert f"logs: {experiment / 'logs/demo'}" in text
+
+
+def test_a_score_that_is_being_written_is_none_yet(experiment, capsys):
+    write(experiment / "results/demo/evaluation/.writing-node-1-cotrain_2d_round-01.tsv", "case")
+    assert main(["status", "demo", "--results", str(experiment / "results")]) == 0
+    assert "75.0" in capsys.readouterr().out
+
+
+def test_nothing_is_waited_for_where_no_test_case_has_a_label(experiment):
+    folder = experiment / "results/demo"
+    write(folder / "cases/test.tsv", "case\timage\tlabel\n" + "t\ti\t\n" * 2)
+    text = status_text(folder, benchmarks=experiment / "b", logs=experiment / "l", now=NOW)
+    lines = [re.sub(r"  +", " | ", line) for line in text.splitlines()]
+    assert lines[4].endswith("waiting | waiting | waiting | - | - | - | -")
+    assert "test 0 of 0" in text
 
 
 def test_what_the_last_command_set_out_to_make_again_is_outdated(experiment):
@@ -372,7 +390,7 @@ def test_an_experiment_without_a_round_says_how_far_its_preparation_is(
 def test_cases_still_preprocessed_while_rounds_run_are_counted(experiment):
     folder = experiment / "results/demo"
     for split, cases in (("labelled", 1), ("unlabelled", 3), ("test", 1)):
-        write(folder / f"cases/{split}.tsv", "case\timage\tlabel\n" + "c\ti\t\n" * cases)
+        write(folder / f"cases/{split}.tsv", "case\timage\tlabel\n" + "c\ti\tl\n" * cases)
         write(folder / f"preprocessed/{split}/c.pkl")
         write(folder / f"preprocessed/{split}/.tmp-d.pkl")
 

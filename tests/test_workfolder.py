@@ -218,7 +218,7 @@ def test_progress_says_how_much_is_done_and_left(tmp_path):
         work.claim(done=4, total=9)
         work._started -= 10
         # Resumed with 4 of 8 done: one epoch in 10 s, three are left.
-        assert work.report(5, 8, "epochs", loss=0.5) == pytest.approx(30, abs=1)
+        assert work.report(5, 8, "epochs") == pytest.approx(30, abs=1)
         work._started -= 10
         assert work.report(6, 8, "epochs") == pytest.approx(20, abs=1)
     content = json.loads((tmp_path / "step.progress.json").read_text())

@@ -27,6 +27,7 @@ from cotrain.review import (
     masks_of,
     read_review,
 )
+from cotrain.shards import manifests_of
 
 COLUMNS = [
     "case",
@@ -243,7 +244,7 @@ def run(arguments: argparse.Namespace) -> None:
     manifest = pd.concat([read_table(each) for each in arguments.manifests]).fillna("")
     sets = {arguments.masks: manifest.to_dict("records")}
     for folder in set(arguments.source_masks) - {arguments.masks}:
-        tables = map(read_table, sorted(folder.glob("manifest-*.tsv")))
+        tables = map(read_table, manifests_of(folder))
         sets[folder] = [made for table in tables for made in table.to_dict("records")]
         for made in sets[folder]:
             check_unedited(folder, made)

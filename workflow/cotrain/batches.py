@@ -242,9 +242,7 @@ def _open(path: str) -> blosc2.NDArray:
     return blosc2.open(path, mode="r", mmap_mode="r", dparams={"nthreads": 1})
 
 
-@lru_cache(maxsize=256)
-def _open_soft(path: str) -> blosc2.NDArray:
-    return open_soft(path)
+_open_soft = lru_cache(maxsize=256)(open_soft)
 
 
 @lru_cache(maxsize=256)

@@ -5,7 +5,6 @@ Imported by the Snakefile, so no image is opened here and nothing heavier than p
 
 import difflib
 import os
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,7 +17,7 @@ from cotrain.files import read_table
 COLUMNS = ("case", "image", "label", "split")
 SPLITS = ("labelled", "unlabelled", "test")
 SUFFIXES = (".nii.gz", ".nii")
-CASE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+CASE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
 def read_cases(
@@ -117,9 +116,8 @@ def _refuse(wrong: pd.DataFrame, table: Path, sentence: Callable[[pd.Series], st
 
 def _check_names(cases: pd.DataFrame, table: Path) -> None:
     """Refuse names that cannot be file names, and names that occur twice."""
-    good = cases["case"].map(lambda name: CASE_NAME.fullmatch(name) is not None).astype(bool)
     _refuse(
-        cases[~good],
+        cases[~cases["case"].str.fullmatch(CASE_NAME)],
         table,
         lambda row: (
             "a case name becomes a file name and may hold letters, digits, `_`, `-` and `.`, a "

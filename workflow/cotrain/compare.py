@@ -6,7 +6,6 @@ over experiments, and the paired 95 % t interval of the gain in test Dice over i
 """
 
 import argparse
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,15 +14,16 @@ import pandas as pd
 from cotrain.errors import InputError
 from cotrain.files import write_atomically, write_table, write_text
 from cotrain.summary import (
-    ARM_WORDS,
     CO_TRAINED,
     CONTROL,
     NETWORK_COLOURS,
     NETWORK_WORDS,
-    Trained,
     aligned,
+    mean_and_sd,
     paired_gain,
+    points,
     read_evaluations,
+    words_of,
 )
 
 if TYPE_CHECKING:
@@ -39,9 +39,9 @@ def final_scores(tables: list[Path]) -> dict[tuple[str, str], pd.DataFrame]:
     scored = read_evaluations(tables)
     last = max(trained.round for trained in scored)
     return {
-        (arm, network): scored[Trained(arm, network, last)]
-        for arm, network in METHODS
-        if Trained(arm, network, last) in scored
+        (trained.arm, trained.network): cases
+        for trained, cases in scored.items()
+        if trained.round == last
     }
 
 
@@ -72,7 +72,7 @@ def text_of(table: pd.DataFrame) -> str:
 
     Differences are paired by experiment.
     """
-    named = [(f"{arm}_{network}", _words(arm, network)) for arm, network in METHODS]
+    named = [(f"{arm}_{network}", words_of(arm, network)) for arm, network in METHODS]
     named = [(column, words) for column, words in named if column in table]
     rows = [["experiment", "group", *(words for _, words in named)]]
     for row in table.to_dict("records"):
@@ -82,7 +82,7 @@ def text_of(table: pd.DataFrame) -> str:
     means = [["group", "experiments", *(words for _, words in named)]]
     sentences = []
     for group, members in table.groupby("group", sort=False):
-        cells = [_mean_and_sd(100 * members[column]) for column, _ in named]
+        cells = [mean_and_sd(100 * members[column]) for column, _ in named]
         means.append([str(group), str(len(members)), *cells])
         sentences += [
             _gain_sentence(str(group), members, network, baseline)
@@ -117,23 +117,15 @@ def draw(table: pd.DataFrame) -> "Figure":
     return figure
 
 
-def _words(arm: str, network: str) -> str:
-    return f"{ARM_WORDS[arm]} {NETWORK_WORDS[network]}"
-
-
-def _mean_and_sd(values: pd.Series) -> str:
-    deviation = values.std(ddof=1)
-    return f"{values.mean():.1f}" + ("" if math.isnan(deviation) else f" ± {deviation:.1f}")
-
-
 def _gain_sentence(group: str, members: pd.DataFrame, network: str, baseline: str) -> str:
     by_name = members.set_index("experiment")
     gain = paired_gain(by_name[f"{CO_TRAINED}_{network}"], by_name[f"{CONTROL}_{baseline}"])
-    of, over = _words(CO_TRAINED, network), _words(CONTROL, baseline)
-    start = f"{group}: {of} - {over} = {100 * gain.mean:+.1f} points"
+    of, over = words_of(CO_TRAINED, network), words_of(CONTROL, baseline)
+    start = f"{group}: {of} - {over} = {points(gain.mean, sign=True)} points"
     if gain.cases == 1:
         return f"{start}, from one experiment."
-    interval = f"95 % interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f}"
+    low, high = points(gain.low, sign=True), points(gain.high, sign=True)
+    interval = f"95 % interval {low} to {high}"
     meaning = (
         "a gain" if gain.low > 0 else "a loss" if gain.high < 0 else "not to be told from nothing"
     )

@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import nibabel
 import numpy as np
 import pandas as pd
 
@@ -31,6 +30,7 @@ from cotrain.cases import SPLITS, cases_of, labels_from, read_cases
 from cotrain.errors import InputError
 from cotrain.files import write_json, write_table, write_text
 from cotrain.nifti import (
+    by,
     check_channels,
     check_image,
     check_same_grid,
@@ -111,7 +111,8 @@ def examined(task: tuple[dict[str, str], bool], *, labels: Mapping[str, int]) ->
         array, affine, header = first
         case.shape = array.shape
         case.spacing_mm = spacing_mm(affine)
-        case.spacing_ras_mm = tuple(case.spacing_mm[axis] for axis in _axes_in_ras_order(affine))
+        image = along_patient_axes(array, affine)
+        case.spacing_ras_mm = image.spacing_mm
         case.orientation = orientation(affine)
         case.has_orientation_code = bool(header["sform_code"] > 0 or header["qform_code"] > 0)
         _add_channel(case, array, digest)
@@ -133,8 +134,7 @@ def examined(task: tuple[dict[str, str], bool], *, labels: Mapping[str, int]) ->
         case.voxels_hash = digest.hexdigest()
         if wants_picture:
             shown = values if case.split == "labelled" else np.zeros(array.shape, np.uint8)
-            image, mask = (along_patient_axes(each, affine) for each in (array, shown))
-            case.picture = data_address(thumbnail(image, mask.array))
+            case.picture = data_address(thumbnail(image, along_patient_axes(shown, affine).array))
     return case
 
 
@@ -250,8 +250,8 @@ def dataset_table(cases: Sequence[Case], labels: Mapping[str, int]) -> pd.DataFr
         row = {
             "case": case.name,
             "split": case.split,
-            "shape": _by(case.shape),
-            "spacing_mm": _by(case.spacing_mm),
+            "shape": by(case.shape),
+            "spacing_mm": by(case.spacing_mm),
             "orientation": case.orientation,
         }
         for name in INTENSITIES:
@@ -592,11 +592,6 @@ def _png(figure: "Figure") -> str:
     return data_address(stored.getvalue())
 
 
-def _axes_in_ras_order(affine: np.ndarray) -> list[int]:
-    """Return the array axes that run along left-right, posterior-anterior, inferior-superior."""
-    return [int(axis) for axis in np.argsort(nibabel.io_orientation(affine)[:, 0])]
-
-
 def _range(case: Case, channel: int) -> float:
     """Return the distance between the 0.5th and 99.5th percentile of a channel's intensities."""
     return case.intensities[channel]["p99_5"] - case.intensities[channel]["p00_5"]
@@ -620,8 +615,3 @@ def _spread(values: Iterable[float]) -> str:
     if np.ptp(values) <= 1e-4 * abs(values[0]):
         return f"{values[0]:.4g}"
     return f"{np.median(values):.4g} ({values.min():.4g} to {values.max():.4g})"
-
-
-def _by(numbers: Iterable[float]) -> str:
-    """Return numbers as `1x1x2.5`."""
-    return "x".join(f"{number:.6g}" for number in numbers)

@@ -1,6 +1,5 @@
 """Device and number format: in, the compute settings; out, where and how networks run."""
 
-import contextlib
 import fcntl
 import os
 import socket
@@ -142,12 +141,10 @@ def is_bf16_faster(capabilities: Mapping[str, object]) -> bool:
     return bool(capabilities.get("amx_bf16") or (is_amd and capabilities.get("avx512_bf16")))
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """Return the autocast context of a precision; nothing for fp32."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    number = torch.bfloat16 if precision == "bf16" else torch.float16
-    return torch.autocast(device.type, dtype=number)
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the autocast context of a precision; switched off for fp32."""
+    number = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype=number, enabled=number is not None)
 
 
 class _FullPrecision:

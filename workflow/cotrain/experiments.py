@@ -54,7 +54,8 @@ def experiments_of(content: dict, *, source: str) -> tuple[dict[str, Settings], 
             if column == NOT_A_SETTING or cell == "":
                 continue
             try:
-                value = yaml.safe_load(cell)
+                # A name may look like a number.
+                value = cell if column == "experiment" else yaml.safe_load(cell)
             except yaml.YAMLError:
                 raise InputError(
                     f"{table_path}, experiment {name}: `{column}` holds {cell!r}, which is not "

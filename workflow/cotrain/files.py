@@ -75,7 +75,8 @@ def read_table(path: str | Path) -> pd.DataFrame:
         text = path.read_text()
     except UnicodeDecodeError as error:
         raise _no_table(path, error) from None
-    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    # Not splitlines: a note pasted from a PDF may hold separators that are no line's end.
+    lines = [line for line in text.split("\n") if not line.startswith("#")]
     there = [name for sign, name in SEPARATORS.items() if lines and sign in lines[0]]
     if there and SEPARATORS[separator] not in there:
         raise InputError(
@@ -106,6 +107,7 @@ def _no_table(path: Path, error: Exception) -> InputError:
 
 
 def write_table(frame: pd.DataFrame, path: str | Path) -> None:
-    """Write `frame` as TSV without its index, in one step."""
+    """Write `frame` as TSV (or CSV, by its name) without its index, in one step."""
+    separator = "," if Path(path).suffix == ".csv" else "\t"
     with write_atomically(path) as temporary:
-        frame.to_csv(temporary, sep="\t", index=False)
+        frame.to_csv(temporary, sep=separator, index=False)

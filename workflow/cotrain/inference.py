@@ -61,7 +61,7 @@ def windows(
 ) -> Iterator[tuple[tuple[int, int], ...]]:
     """Yield boxes `((z0, z1), (y0, y1), (x0, x1))` that cover a volume of `shape`.
 
-    A 2D patch gives boxes of up to `slices_at_once` whole-depth slices. Where the volume is
+    A 2D patch gives boxes of one window in up to `slices_at_once` slices. Where the volume is
     smaller than the patch a box reaches past it on both sides; the first index may be negative.
     """
     if len(patch_size) == 2:

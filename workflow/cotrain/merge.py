@@ -14,6 +14,7 @@ from cotrain.inference import add_mask_set_arguments, make_mask_set
 from cotrain.masks import open_soft, quantised, with_background
 from cotrain.nnunet import Planned
 from cotrain.settings import Section
+from cotrain.shards import manifests_of
 
 SLICES = 8
 """Slices averaged at a time."""
@@ -45,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
                 mean = mean_of([each[:, first : first + SLICES] for each in read])
                 yield mean, quantised(mean)
 
-    manifests = [each for folder in arguments.masks for each in sorted(folder.glob("manifest-*"))]
+    manifests = [each for folder in arguments.masks for each in manifests_of(folder)]
     make_mask_set(
         arguments,
         planned,

@@ -39,25 +39,8 @@ def score_case(
     voxel's size along each of those axes. `labels` names the foreground values; 0 is background.
     The definitions, also for empty masks, are at the top of this file.
 
-    Raises InputError where the shapes differ, the spacing does not fit them, a label's value is
-    not positive, or an array holds a value that no label has.
+    Raises InputError where an array holds a value that no label has.
     """
-    if prediction.shape != truth.shape:
-        raise InputError(
-            f"The mask has shape {prediction.shape} but the true label {truth.shape}; "
-            "both must be on the same grid."
-        )
-    if len(spacing_mm) != truth.ndim or min(spacing_mm) <= 0:
-        raise InputError(
-            f"The voxel spacing is {tuple(spacing_mm)} but the arrays have {truth.ndim} axes; "
-            "give one positive number of mm per axis."
-        )
-    for name, value in labels.items():
-        if value <= 0:
-            raise InputError(
-                f"Label '{name}' has the value {value}; only foreground labels, with values from 1 "
-                "on, can be scored: leave the background out."
-            )
     _check_values("mask", prediction, labels)
     _check_values("true label", truth, labels)
     return [

@@ -19,7 +19,6 @@ A ViT with patches of 14 pixels (DINOv2) does not work: DPT halves and doubles a
 Nor does an encoder built for one size of image (Swin): slices come in any.
 """
 
-from pathlib import Path
 from typing import Literal
 
 import segmentation_models_pytorch as smp
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cotrain.errors import InputError
-from cotrain.weights import check_encoder, few, read_weights, timm_encoder_holding
+from cotrain.weights import check_encoder, few, timm_encoder_holding
 
 # Five halvings: the coarsest scale of every smp decoder. DPT too needs it, although a ViT's own
 # stride is 16, because it halves the ViT's grid once and doubles it again.
@@ -76,10 +75,6 @@ class TimmSegmentationNetwork(nn.Module):
             raise InputError(
                 f"Deep supervision was asked of a {decoder} over {encoder}, which has one output; "
                 "train it with a trainer whose enable_deep_supervision is False."
-            )
-        if adaptation not in ("full", "lora", "frozen"):
-            raise InputError(
-                f"The adaptation is {adaptation!r}; choose full, lora or frozen for the encoder."
             )
         check_encoder(encoder)
         self.encoder_name = encoder
@@ -127,8 +122,6 @@ class TimmSegmentationNetwork(nn.Module):
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
 
-        if rank < 1:
-            raise InputError(f"The LoRA rank is {rank}; give a whole number of at least 1.")
         encoder = self.model.encoder
         targets = [name for name, layer in encoder.named_modules() if takes_lora(layer)]
         if not targets:
@@ -256,11 +249,3 @@ def takes_lora(layer: nn.Module) -> bool:
     if type(layer) is nn.Conv2d:
         return layer.groups == 1 and layer.dilation == (1, 1)
     return type(layer) is nn.Linear
-
-
-def load_pretrained_encoder(network: TimmSegmentationNetwork, path: str | Path) -> None:
-    """Load an encoder's weights, a file by `cotrain fetch-weights`, into `network`.
-
-    Works for every adaptation. Raises InputError where the file is missing or does not match.
-    """
-    network.load_encoder(read_weights(path))

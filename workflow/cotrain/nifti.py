@@ -5,6 +5,7 @@ Arrays are in nibabel's axis order, `(X, Y, Z)`; affines map voxel indices to mm
 
 import gzip
 import zlib
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from cotrain.errors import InputError
 from cotrain.files import write_atomically
 
 Header = nibabel.Nifti1Header | nibabel.Nifti2Header
+TOLERANCE_VOXELS = 0.1
+"""How far apart, in voxels, the corners of two grids may lie that count as one."""
 READING_ERRORS = (OSError, EOFError, zlib.error, ImageFileError, HeaderDataError, ValueError)
 
 
@@ -47,25 +50,17 @@ def read_labels(path: str | Path) -> tuple[np.ndarray, np.ndarray, Header]:
 
 
 def write_labels(array: np.ndarray, *, like: str | Path, path: str | Path) -> None:
-    """Write label values `(X, Y, Z)` as uint8 on the grid of the image `like`, in one step.
+    """Write label values, `(X, Y, Z)` uint8, on the grid of the image `like`, in one step.
 
     The header of `like` is kept bit for bit where it says where the voxels are: affines, their
     codes, voxel sizes and units. Scaling, intent, display range and header extensions (which can
-    hold a patient's name) are cleared. Raises InputError where the shape is not that of `like` or
-    a value does not fit.
+    hold a patient's name) are cleared. Raises InputError where the shape is not that of `like`.
     """
     reference = _open(like)
     if array.shape != reference.shape:
         raise InputError(
-            f"Labels of shape {_by(array.shape)} cannot be written on the grid of {like}, which "
-            f"is {_by(reference.shape)}; resample them to that grid first."
-        )
-    with np.errstate(invalid="ignore"):
-        values = array.astype(np.uint8, copy=False)
-    if values is not array and not np.array_equal(values, array):
-        raise InputError(
-            f"Labels for {path} hold values that are no whole numbers from 0 to 255 "
-            f"(from {array.min():g} to {array.max():g}); renumber or round them."
+            f"Labels of shape {by(array.shape)} cannot be written on the grid of {like}, which "
+            f"is {by(reference.shape)}; resample them to that grid first."
         )
     header = reference.header.copy()
     header.extensions.clear()
@@ -75,7 +70,7 @@ def write_labels(array: np.ndarray, *, like: str | Path, path: str | Path) -> No
     header["cal_min"] = header["cal_max"] = 0
     header["vox_offset"] = 0  # nibabel puts the voxels right behind a header without extensions
     with write_atomically(path) as temporary:
-        type(reference)(values, reference.affine, header).to_filename(temporary)
+        type(reference)(array, reference.affine, header).to_filename(temporary)
 
 
 def check_image(path: str | Path) -> tuple[np.ndarray, np.ndarray, Header]:
@@ -102,23 +97,21 @@ def check_image(path: str | Path) -> tuple[np.ndarray, np.ndarray, Header]:
     return array, affine, header
 
 
-def check_same_grid(
-    path_a: str | Path, path_b: str | Path, *, tolerance_voxels: float = 0.1
-) -> None:
+def check_same_grid(path_a: str | Path, path_b: str | Path) -> None:
     """Compare where two files have their voxels, reading only the headers.
 
     Raises InputError where the shapes differ, or where a corner of b's grid is further from the
-    same corner of a's than `tolerance_voxels` times a's smallest voxel edge.
+    same corner of a's than TOLERANCE_VOXELS times a's smallest voxel edge.
     """
     a, b = _open(path_a), _open(path_b)
     if a.shape != b.shape:
         raise InputError(
-            f"{path_b} has the shape {_by(b.shape)} and {path_a} has {_by(a.shape)}; resample one "
+            f"{path_b} has the shape {by(b.shape)} and {path_a} has {by(a.shape)}; resample one "
             "of them to the other's grid, or pair each file with its own."
         )
     corners = np.array([(*corner, 1) for corner in product(*((0, size - 1) for size in a.shape))])
     apart_mm = np.linalg.norm(corners @ (b.affine - a.affine).T, axis=1).max()
-    tolerance_mm = tolerance_voxels * min(spacing_mm(a.affine))
+    tolerance_mm = TOLERANCE_VOXELS * min(spacing_mm(a.affine))
     if not apart_mm <= tolerance_mm:
         raise InputError(
             f"{path_b} has its voxels up to {apart_mm:.3g} mm from those of {path_a} (affines "
@@ -136,7 +129,7 @@ def check_channels(path_a: str | Path, path_b: str | Path) -> None:
     a, b = (_open(path).header.get_zooms() for path in (path_a, path_b))
     if not np.allclose(a, b):
         raise InputError(
-            f"{path_b} has voxels of {_by(b)} mm and {path_a} of {_by(a)} mm, and nnU-Net's reader "
+            f"{path_b} has voxels of {by(b)} mm and {path_a} of {by(a)} mm, and nnU-Net's reader "
             "refuses channels that differ at all; copy the header of the one to the other."
         )
 
@@ -172,7 +165,7 @@ def _open(path: str | Path) -> nibabel.Nifti1Image | nibabel.Nifti2Image:
         raise InputError(f"{path} is not a NIfTI file; convert it to .nii.gz.")
     if len(image.shape) != 3 or 0 in image.shape:
         raise InputError(
-            f"{path} has the shape {_by(image.shape)}, wanted three axes of at least one voxel; "
+            f"{path} has the shape {by(image.shape)}, wanted three axes of at least one voxel; "
             "write one 3D file for each channel or time point."
         )
     if image.get_data_dtype().kind not in "iuf":
@@ -209,8 +202,8 @@ def _check_geometry(path: str | Path, affine: np.ndarray, header: Header) -> Non
     by_header = np.array(header.get_zooms(), dtype=float)
     if not np.allclose(by_affine, by_header, rtol=0.01, atol=0):
         raise InputError(
-            f"{path} says two voxel sizes, {_sizes(by_header)} mm in pixdim and "
-            f"{_sizes(by_affine)} mm in its affine, and readers differ in which they believe; "
+            f"{path} says two voxel sizes, {by(by_header)} mm in pixdim and "
+            f"{by(by_affine)} mm in its affine, and readers differ in which they believe; "
             "correct the wrong one."
         )
     axes = affine[:3, :3] / by_affine
@@ -230,11 +223,6 @@ def _unreadable(path: str | Path, error: Exception) -> str:
     return f"{path} cannot be read as NIfTI ({reason}); copy or export the file again."
 
 
-def _by(shape: tuple[int, ...]) -> str:
-    """Return a shape as `35x51x36`."""
-    return "x".join(map(str, shape))
-
-
-def _sizes(spacing: np.ndarray) -> str:
-    """Return voxel sizes as `1x1x2.5`."""
-    return "x".join(f"{size:.4g}" for size in spacing)
+def by(numbers: Iterable[float]) -> str:
+    """Return a shape or voxel sizes as `1x1x2.5`."""
+    return "x".join(f"{number:.6g}" for number in numbers)

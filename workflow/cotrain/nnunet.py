@@ -19,6 +19,7 @@ import pandas as pd
 
 from cotrain.errors import InputError
 from cotrain.files import read_table, sha256_of
+from cotrain.shards import manifests_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -139,11 +140,6 @@ class Planned:
         """True for nnU-Net's own architectures, whose decoders give an output at each scale."""
         name = self.configuration(network).network_arch_class_name
         return name.startswith("dynamic_network_architectures.")
-
-
-def manifests_of(folder: str | Path) -> list[Path]:
-    """Return the manifests of a folder of preprocessed cases: they change when an array does."""
-    return sorted(Path(folder).glob("manifest-*.tsv"))
 
 
 def arrays_in(folder: str | Path) -> pd.DataFrame:

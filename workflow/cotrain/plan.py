@@ -5,6 +5,7 @@ settings ask for it and add the 2D network as a configuration on the same prepro
 """
 
 import argparse
+import copy
 import importlib.util
 import json
 import math
@@ -45,13 +46,19 @@ def dataset_description(stage: PlanStage, cases: list[dict]) -> dict:
     }
 
 
+def _sized(configuration: dict, wanted: Network3D) -> dict:
+    """Return a copy of a 3d_fullres configuration with the patch and batch of the settings."""
+    own = wanted.model_dump(mode="json", include={"patch_size", "batch_size"}, exclude_none=True)
+    return {**copy.deepcopy(configuration), **own}
+
+
 def narrowed_3d(configuration: dict, wanted: Network3D) -> dict:
     """Return a 3d_fullres configuration with the patch, batch and width of the settings.
 
     Raises InputError where the width has more stages than the plan, or the patch cannot be halved
     as often as the network does it.
     """
-    configuration = json.loads(json.dumps(configuration))
+    configuration = _sized(configuration, wanted)
     architecture = configuration["architecture"]["arch_kwargs"]
     if wanted.features_per_stage is not None:
         stages = len(wanted.features_per_stage)
@@ -68,10 +75,6 @@ def narrowed_3d(configuration: dict, wanted: Network3D) -> dict:
             : stages - 1
         ]
         architecture["features_per_stage"] = list(wanted.features_per_stage)
-    if wanted.patch_size is not None:
-        configuration["patch_size"] = list(wanted.patch_size)
-    if wanted.batch_size is not None:
-        configuration["batch_size"] = wanted.batch_size
     divisor = [math.prod(axis) for axis in zip(*architecture["strides"], strict=True)]
     patch = configuration["patch_size"]
     if any(size % by for size, by in zip(patch, divisor, strict=True)):
@@ -102,18 +105,13 @@ def replaced_3d(configuration: dict, wanted: Network3D, folder: Path) -> dict:
         )
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(path, folder / path.name)
-    configuration = json.loads(json.dumps(configuration))
-    configuration["architecture"] = {
+    architecture = {
         "network_class_name": f"{path.stem}.{class_name}",
         "arch_kwargs": dict(wanted.arguments),
         "_kw_requires_import": [],
         "file_sha256": sha256_of(folder / path.name),
     }
-    if wanted.patch_size is not None:
-        configuration["patch_size"] = list(wanted.patch_size)
-    if wanted.batch_size is not None:
-        configuration["batch_size"] = wanted.batch_size
-    return configuration
+    return {**_sized(configuration, wanted), "architecture": architecture}
 
 
 def _is_another_module(path: Path) -> bool:

@@ -92,6 +92,12 @@ def checked_table(arguments: argparse.Namespace, planned: Planned) -> pd.DataFra
             f"{planned.channel_count} ({', '.join(planned.dataset['channel_names'].values())}); "
             "name them all with --channel-suffix _0000,_0001 ..., in this order."
         )
+    if taken := [case for case in channels_of if case.endswith("_seg")]:
+        raise InputError(
+            f"The image {channels_of[taken[0]][0]} has a name that ends in `_seg`, which nnU-Net "
+            "keeps for the labels of another case; rename it, or move it out of the folder if it "
+            "is a mask."
+        )
     table = pd.DataFrame(
         {"case": case, "image": ";".join(paths), "label": "", "split": "test"}
         for case, paths in channels_of.items()

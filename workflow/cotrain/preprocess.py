@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from cotrain.files import read_table, sha256_of, unique_prefix, write_table
+from cotrain.nifti import by
 from cotrain.nnunet import CONFIGURATIONS, Planned
 from cotrain.pool import side_by_side
 from cotrain.shards import remove_manifests_beyond, shard_of
@@ -74,7 +75,7 @@ def preprocess_case(row: dict, planned: Planned, out_dir: Path, *, with_label: b
                 final.with_name(final.name + suffix),
             )
     shape = blosc2.open(str(array), mode="r").shape[1:]
-    return {"case": row["case"], "shape": "x".join(str(size) for size in shape), "origin": origin}
+    return {"case": row["case"], "shape": by(shape), "origin": origin}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -34,10 +34,13 @@ def commit_of_code() -> str:
     """
     here = Path(__file__).parent
     # A clone that a colleague owns is fine to be asked for its commit.
-    command = ["git", "-c", "safe.directory=*", "-C", str(here), "describe"]
-    command += ["--always", "--dirty=-modified", "--abbrev=40", "--exclude=*"]
+    git = ["git", "-c", "safe.directory=*", "-C", str(here)]
+    is_tracked = [*git, "ls-files", "--error-unmatch", Path(__file__).name]
+    describe = [*git, "describe", "--always", "--dirty=-modified", "--abbrev=40", "--exclude=*"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        # Installed into an environment inside another clone, that one's commit says nothing.
+        subprocess.run(is_tracked, capture_output=True, check=True)
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (subprocess.CalledProcessError, FileNotFoundError):
         return f"release {__version__}"
 

@@ -70,7 +70,7 @@ class Network2D(Section):
 
 
 class Network3D(Section):
-    """The 3D network: nnU-Net's, from its own plans."""
+    """The 3D network: nnU-Net's, from its own plans, or a class of your own."""
 
     planner: str = Field(
         "ExperimentPlanner",

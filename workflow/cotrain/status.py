@@ -32,6 +32,7 @@ from cotrain.cases import SPLITS
 from cotrain.errors import InputError
 from cotrain.files import read_table
 from cotrain.review import EMPTY, LOST, OUTLIVED, labels_lost
+from cotrain.shards import manifests_of
 from cotrain.summary import (
     ARM_WORDS,
     CO_TRAINED,
@@ -41,6 +42,7 @@ from cotrain.summary import (
     aligned,
     read_evaluations,
 )
+from cotrain.takeover import notice_of
 from cotrain.workfolder import content_of, may_live
 
 END_OF_LOG = 20_000
@@ -82,7 +84,7 @@ def stage_state(
         made = [path for path in [folder / "checkpoint.pth"] if path.is_file()]
         whole = bool(made)
     else:
-        made = sorted(folder.glob("manifest-*.tsv"))
+        made = manifests_of(folder)
         finished = sum(len(read_table(manifest)) for manifest in made)
         whole = bool(made) and finished >= (cases or 0)
     if whole:
@@ -217,8 +219,7 @@ def seconds_per_stage(folder: Path, *, benchmarks: Path) -> dict[str, tuple[int,
     spent: dict[str, tuple[int, float]] = {}
     for table in sorted(benchmarks.glob("**/*.tsv")):
         name = table.relative_to(benchmarks).with_suffix("").as_posix()
-        name = re.sub(r"[-/]\d+$", "", name)
-        name = re.sub(rf"({CO_TRAINED}|{CONTROL}|round-\d+)", "", name)
+        name = re.sub(rf"{CO_TRAINED}|{CONTROL}|round-\d+|-\d+$", "", name)
         stage = "/".join(part.strip("_-") for part in name.split("/") if part.strip("_-"))
         jobs, seconds = spent.get(stage, (0, 0.0))
         step, _, shard = table.stem.partition("-")
@@ -232,6 +233,9 @@ def seconds_per_stage(folder: Path, *, benchmarks: Path) -> dict[str, tuple[int,
 def status_text(folder: Path, *, benchmarks: Path, logs: Path, now: float) -> str:
     """Return the status of the experiment whose results are in `folder`."""
     cases = {split: _rows_of(folder / f"cases/{split}.tsv") for split in SPLITS}
+    tested = folder / "cases/test.tsv"
+    if tested.is_file() and (read_table(tested)["label"] == "").all():
+        cases["test"] = 0  # Without labels nothing is scored, and no masks of them are made.
     rounds = sorted(folder.glob("*/round-[0-9]*"), key=_running_order)
     command, outdated_before = _last_command(folder)
     states = {
@@ -329,8 +333,7 @@ def _running_line(stage: Path, folder: Path, state: State, *, logs: Path, now: f
 
 def _last_command(folder: Path) -> tuple[float, dict[Path, float]]:
     """Return when the last command began, and the same by folder in which it was to make files."""
-    beside_results = Path(os.path.abspath(folder)).parents[1]
-    notice = beside_results / ".snakemake" / f"command-{folder.name}.json"
+    notice = Path(os.path.abspath(folder)).parents[1] / notice_of(folder.name)
     if not notice.is_file():
         return 0, {}
     began = notice.stat().st_mtime
@@ -424,9 +427,8 @@ def _cotraining_of(folder: Path) -> dict:
 
 def _dice_of(evaluation: Path) -> dict[Trained, float]:
     """Return the mean test Dice (0..1) of everything that was evaluated on at least one case."""
-    if not any(evaluation.glob("*_round-*.tsv")):
-        return {}
-    scored = read_evaluations([evaluation])
+    # Not the hidden file of a table that is being written.
+    scored = read_evaluations(sorted(evaluation.glob("[!.]*_round-*.tsv")))
     return {key: cases["dice"].mean() for key, cases in scored.items() if not cases.empty}
 
 

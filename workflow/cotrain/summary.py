@@ -44,8 +44,7 @@ class Trained(NamedTuple):
     round: int
 
     def __str__(self) -> str:
-        words = f"{ARM_WORDS[self.arm]} {NETWORK_WORDS[self.network]}"
-        return f"{words} of round {self.round:02d}"
+        return f"{words_of(self.arm, self.network)} of round {self.round:02d}"
 
 
 class Gain(NamedTuple):
@@ -131,17 +130,10 @@ def read_evaluations(paths: list[Path]) -> dict[Trained, pd.DataFrame]:
 def read_tables(paths: list[Path]) -> dict[Trained, pd.DataFrame]:
     """Return each evaluation table, with a row for each case and label.
 
-    `paths` are tables, or folders of which every `*_round-*.tsv` is read. Raises InputError where
-    a folder has none, a table's name is not of the pattern, or one is given twice.
+    Raises InputError where a table's name is not of the pattern, or one is given twice.
     """
-    files = []
-    for path in paths:
-        found = sorted(path.glob("[!.]*_round-*.tsv")) if path.is_dir() else [path]
-        if not found:
-            raise InputError(f"The folder {path} has no evaluation table; run `evaluate` first.")
-        files += found
     tables: dict[Trained, pd.DataFrame] = {}
-    for file in files:
+    for file in paths:
         trained = trained_from_evaluation(file)
         if trained in tables:
             raise InputError(f"The {trained} is evaluated twice, once in {file}; give it once.")
@@ -235,20 +227,20 @@ def verdict(gain: Gain, *, of: str, over: str) -> str:
     if gain.cases == 1:
         return (
             f"{of} and {over} cannot be told apart from one test case "
-            f"(difference {_points(gain.mean, sign=True)} points of Dice)."
+            f"(difference {points(gain.mean, sign=True)} points of Dice)."
         )
     interval = (
-        f"95 % interval {_points(gain.low, sign=True)} to {_points(gain.high, sign=True)}, "
+        f"95 % interval {points(gain.low, sign=True)} to {points(gain.high, sign=True)}, "
         f"paired over {gain.cases} test cases"
     )
     if gain.low > 0:
-        return f"{of} beat {over} by {_points(gain.mean)} points of Dice ({interval})."
+        return f"{of} beat {over} by {points(gain.mean)} points of Dice ({interval})."
     if gain.high < 0:
-        lower = _points(-gain.mean)
+        lower = points(-gain.mean)
         return f"{of} did not beat {over}: it scored {lower} points of Dice lower ({interval})."
     return (
         f"{of} and {over} cannot be told apart: "
-        f"the difference is {_points(gain.mean, sign=True)} points of Dice ({interval})."
+        f"the difference is {points(gain.mean, sign=True)} points of Dice ({interval})."
     )
 
 
@@ -308,14 +300,25 @@ def aligned(rows: list[list[str]]) -> str:
     )
 
 
-def _points(dice: float, *, sign: bool = False) -> str:
-    """Return a Dice or a difference of two, 0..1, in per cent with one decimal."""
-    # Adding 0.0 turns a rounded -0.0 into 0.0.
-    return f"{round(100 * dice, 1) + 0.0:{'+' if sign else ''}.1f}"
+def words_of(arm: str, network: str) -> str:
+    """Return what texts and pictures call a network of an arm."""
+    return f"{ARM_WORDS[arm]} {NETWORK_WORDS[network]}"
+
+
+def mean_and_sd(values: pd.Series, *, digits: int = 1) -> str:
+    """Return mean ± sample standard deviation, of a single value the value alone."""
+    deviation = values.std(ddof=1)
+    spread = "" if math.isnan(deviation) else f" ± {deviation:.{digits}f}"
+    return f"{values.mean():.{digits}f}{spread}"
+
+
+def points(dice: float, *, sign: bool = False) -> str:
+    """Return a Dice or a difference of two, 0..1, in per cent with one decimal, and no -0.0."""
+    return f"{100 * dice:{'+' if sign else ''}z.1f}"
 
 
 def _cell(value: float | None) -> str:
-    return "-" if value is None else _points(value)
+    return "-" if value is None else points(value)
 
 
 def _last_round(scored: Mapping[Trained, pd.DataFrame]) -> int:
@@ -340,21 +343,17 @@ def _final_part(scored: Mapping[Trained, pd.DataFrame]) -> str:
     last = _last_round(scored)
     heading = ["network", "Dice %", "Jaccard %", "HD95 mm", "ASD mm", "worst case (Dice %)"]
     rows = [heading]
-    for arm in (CO_TRAINED, CONTROL):
-        for network in NETWORK_WORDS:
-            cases = scored.get(Trained(arm, network, last))
-            if cases is None:
-                continue
-            means, deviation = cases.mean(), cases["dice"].std(ddof=1)
-            dice = _points(means["dice"])
+    for trained, cases in scored.items():
+        if trained.round == last:
+            means = cases.mean()
             rows.append(
                 [
-                    f"{ARM_WORDS[arm]} {NETWORK_WORDS[network]}",
-                    dice if math.isnan(deviation) else f"{dice} ± {_points(deviation)}",
-                    _points(means["jaccard"]),
+                    words_of(trained.arm, trained.network),
+                    mean_and_sd(100 * cases["dice"]),
+                    points(means["jaccard"]),
                     f"{means['hd95_mm']:.2f}",
                     f"{means['asd_mm']:.2f}",
-                    f"{_points(cases['dice'].min())} {cases['dice'].idxmin()}",
+                    f"{points(cases['dice'].min())} {cases['dice'].idxmin()}",
                 ]
             )
     return f"Final round {last:02d}, mean ± standard deviation over cases\n\n{aligned(rows)}"
@@ -367,13 +366,11 @@ def _labels_part(tables: Mapping[Trained, pd.DataFrame]) -> str:
     if len(names) < 2:
         return ""
     rows = [["network", *names]]
-    for arm in (CO_TRAINED, CONTROL):
-        for network in NETWORK_WORDS:
-            table = tables.get(Trained(arm, network, last))
-            if table is not None:
-                dice = table.groupby("label")["dice"].mean()
-                cells = [_cell(dice.get(name)) for name in names]
-                rows.append([f"{ARM_WORDS[arm]} {NETWORK_WORDS[network]}", *cells])
+    for trained, table in tables.items():
+        if trained.round == last:
+            dice = table.groupby("label")["dice"].mean()
+            cells = [_cell(dice.get(name)) for name in names]
+            rows.append([words_of(trained.arm, trained.network), *cells])
     return f"Dice in % of each label, round {last:02d}\n\n{aligned(rows)}"
 
 
@@ -414,7 +411,7 @@ def _gain_part(scored: Mapping[Trained, pd.DataFrame]) -> str:
 
 
 def _worst(cases: pd.DataFrame) -> str:
-    return f"Dice {_points(cases['dice'].min())} % ({cases['dice'].idxmin()})"
+    return f"Dice {points(cases['dice'].min())} % ({cases['dice'].idxmin()})"
 
 
 def _teaching_part(teachings: Mapping[Trained, Teaching]) -> str:
@@ -461,14 +458,13 @@ def draw_dice_per_round(evaluations: Mapping[Trained, pd.DataFrame]) -> "Figure"
                 if (key.arm, key.network) == (arm, network)
             )
             if points:
-                name = f"{ARM_WORDS[arm]} {NETWORK_WORDS[network]}"
                 axes.plot(
                     *zip(*points, strict=True),
                     line,
                     color=colour,
                     marker="o",
                     fillstyle=fill,
-                    label=name,
+                    label=words_of(arm, network),
                 )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
@@ -530,9 +526,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="*",
         default=[],
-        metavar="DIR_OR_FILE",
-        help="evaluation tables <arm>_<network>_round-<RR>.tsv, or folders of them; none where "
-        "there are no test cases",
+        metavar="TSV",
+        help="<arm>_<network>_round-<RR>.tsv; none where there are no test cases",
     )
     parser.add_argument(
         "--curves",

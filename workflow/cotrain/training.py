@@ -29,12 +29,13 @@ from cotrain.audit import learnt_from
 from cotrain.batches import STREAMS, BatchSource, Case, batches, seed_everything
 from cotrain.device import arrange_for_cpu, autocast, device_of, devices_of, precision_of
 from cotrain.errors import InputError
-from cotrain.files import read_table, sha256_of, write_atomically
+from cotrain.files import read_table, sha256_of, write_atomically, write_table
 from cotrain.losses import DiceAndSoftCrossEntropy
-from cotrain.nnunet import Planned, arrays_in, arrays_of, manifests_of
+from cotrain.nnunet import Planned, arrays_in, arrays_of
 from cotrain.provenance import keep_provenance
 from cotrain.schedule import Schedule, Window
 from cotrain.settings import TrainStage, learnt_of, load
+from cotrain.shards import manifests_of
 from cotrain.team import Place, team
 from cotrain.workfolder import WorkFolder
 
@@ -114,9 +115,9 @@ class Trainer:
     def start(self, encoder_weights: Path | None) -> None:
         """Load the pretrained encoder, where one is given, and make optimiser and average."""
         if encoder_weights is not None:
-            from cotrain.networks import load_pretrained_encoder
+            from cotrain.weights import read_weights
 
-            load_pretrained_encoder(self.network, encoder_weights)
+            self.network.load_encoder(read_weights(encoder_weights))
         if self.place.size > 1 and self.device.type == "cuda":
             # timm's, because its norms hold an activation, which torch's own would drop.
             self.network = convert_sync_batchnorm(self.network)
@@ -125,25 +126,16 @@ class Trainer:
             arrange_for_cpu(self.network)
         training = self.stage.training
         learning = [each for each in self.network.parameters() if each.requires_grad]
+        options = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
         if training.optimizer == "adamw":
-            self.optimizer = torch.optim.AdamW(
-                learning,
-                lr=training.learning_rate,
-                weight_decay=training.weight_decay,
-                fused=True,
-            )
+            self.optimizer = torch.optim.AdamW(learning, fused=True, **options)
         else:
-            self.optimizer = torch.optim.SGD(
-                learning,
-                lr=training.learning_rate,
-                weight_decay=training.weight_decay,
-                momentum=0.99,
-                nesterov=True,
-            )
+            self.optimizer = torch.optim.SGD(learning, momentum=0.99, nesterov=True, **options)
         # What masks are inferred from is kept by the process that writes.
         decay = self.stage.cotraining.ema_decay if self.place.rank == 0 else 0
         self.average = MovingAverage(self.network, decay=decay, use_warmup=True) if decay else None
-        self.scaler = torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
+        # Switched off, it passes everything through.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.compiled: nn.Module = self.network
         # nnU-Net's own switch and default: compile on a GPU, not on a CPU.
         wanted = os.environ.get("nnUNet_compile", "true").lower()  # noqa: SIM112
@@ -166,7 +158,7 @@ class Trainer:
             "network_weights": self.network.state_dict(),
             "average_weights": self.average.module.state_dict() if self.average else None,
             "optimizer_state": self.optimizer.state_dict(),
-            "scaler_state": self.scaler.state_dict() if self.scaler else None,
+            "scaler_state": self.scaler.state_dict(),
             "curve": self.curve,
         }
         # Given a path, torch writes its last part into the file: the same weights, other bytes.
@@ -188,7 +180,7 @@ class Trainer:
         self.optimizer.load_state_dict(content["optimizer_state"])
         if self.average:
             self.average.module.load_state_dict(content["average_weights"])
-        if self.scaler and content["scaler_state"]:
+        if content["scaler_state"]:
             self.scaler.load_state_dict(content["scaler_state"])
         self.epoch, self.curve = content["epoch"], content["curve"]
 
@@ -287,7 +279,7 @@ class Trainer:
         In fp16 a step whose numbers overflow is left out: as in nnU-Net the scaler has skipped it.
         NaN where that were most.
         """
-        counted = losses[losses.isfinite()] if self.scaler else losses
+        counted = losses[losses.isfinite()] if self.scaler.is_enabled() else losses
         total = torch.stack([counted.sum(), torch.full_like(counted.sum(), len(counted))])
         if self.place.size > 1:
             distributed.all_reduce(total)
@@ -308,16 +300,11 @@ class Trainer:
             logits = self.compiled(data)
         loss = self.loss(logits, target)
         learning = self.optimizer.param_groups[0]["params"]
-        if self.scaler:
-            self.scaler.scale(loss).backward()
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(learning, GRADIENT_NORM)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            loss.backward()
-            nn.utils.clip_grad_norm_(learning, GRADIENT_NORM)
-            self.optimizer.step()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(learning, GRADIENT_NORM)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         if self.average:
             # With the step, timm lets the average follow fast at first and forget the random start.
             steps = self.epoch * self.stage.training.iterations_per_epoch + iteration
@@ -525,7 +512,6 @@ def run(arguments: argparse.Namespace) -> None:
     # Processes that make batches beside this one; on a CPU they would take its cores.
     threads = arguments.threads // stage.compute.gpus_per_training
     workers = max(1, threads - 1) if devices[0].type == "cuda" else 0
-    inputs = inputs_of(arguments)
     identity = {
         "arm": arguments.arm,
         "round": arguments.round,
@@ -540,7 +526,7 @@ def run(arguments: argparse.Namespace) -> None:
             # By another job, for which this one waited: a newer file would rerun what follows.
             print(f"{checkpoint} is finished already; it stays as it is.", flush=True)
             return
-        _train_round(arguments, stage, planned, work, devices, workers=workers, inputs=inputs)
+        _train_round(arguments, stage, planned, work, devices, workers=workers)
 
 
 def _train_round(
@@ -551,7 +537,6 @@ def _train_round(
     devices: list[torch.device],
     *,
     workers: int,
-    inputs: list[Path],
 ) -> None:
     cases = labelled, unlabelled = cases_to_learn_from(arguments)
     batch_size = planned.configuration(arguments.network).batch_size
@@ -600,7 +585,7 @@ def _train_round(
             print(f"Nothing is left to train: {latest} has all epochs of this round.", flush=True)
         if resuming:
             # Snakemake has removed the log of the process before.
-            for values in trainer.curve[len(trainer.curve) - (trainer.epoch - window.start) :]:
+            for values in trainer.curve[window.start :]:
                 row = dict(zip(CURVE_COLUMNS, values, strict=True))
                 print(_line_of(row, done=row["epoch"] + 1 - window.start, total=total))
             print(f"Resuming after epoch {trainer.epoch - 1} from {latest}.", flush=True)
@@ -612,17 +597,17 @@ def _train_round(
                     board.add_scalar(f"{arguments.network}/{name}", row[name], row["epoch"])
                 done = trainer.epoch - window.start
                 print(_line_of(row, done=done, total=total), end="", flush=True)
-                loss = round(row["loss"], 4)
-                left = work.report(done, total, "epochs", loss=loss, before_leaving=kept.save)
+                left = work.report(done, total, "epochs", before_leaving=kept.save)
                 print(f"  {_duration(left)} left", flush=True)
-    write_table_of_curve(trainer.curve, arguments.out_dir / "curve.csv")
+    curve = pd.DataFrame(trainer.curve, columns=list(CURVE_COLUMNS))
+    write_table(curve, arguments.out_dir / "curve.csv")
     keep_provenance(
         provenance,
         arguments.out_dir / "provenance.json",
         is_repeat=had_all,
         settings=stage,
         seed=stage.seed,
-        inputs=inputs,
+        inputs=inputs_of(arguments),
         cpu_seconds_before=work.cpu_seconds_before,
         network=arguments.network,
         arm=arguments.arm,
@@ -653,13 +638,6 @@ def weights_hash(network: nn.Module) -> str:
     for tensor in network.state_dict().values():
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def write_table_of_curve(curve: list[list[float]], path: Path) -> None:
-    """Write curve.csv: one row an epoch over the whole training so far."""
-    frame = pd.DataFrame(curve, columns=list(CURVE_COLUMNS))
-    with write_atomically(path) as temporary:
-        frame.to_csv(temporary, index=False)
 
 
 def _line_of(row: dict[str, float], *, done: int, total: int) -> str:

@@ -193,7 +193,6 @@ class WorkFolder:
         unit: str,
         *,
         before_leaving: Callable[[], object] = lambda: None,
-        **more: object,
     ) -> float:
         """Write progress for `cotrain status` and return seconds left.
 
@@ -214,7 +213,6 @@ class WorkFolder:
                 f"{unit}_done": done,
                 unit: total,
                 "seconds_left": round(left),
-                **more,
                 "updated": now,
                 "seconds": round(self._seconds_before + now - self._started, 1),
                 "cpu_seconds": round(self.cpu_seconds_before + cpu_seconds(), 1),

@@ -36,7 +36,7 @@ def say_what_is_easily_missed():
             continue
         heard = {
             folder
-            for network, round in trained_in(experiment, all_rounds_of(experiment))
+            for network, round in trained_in(experiment, rounds_of(experiment))
             if is_taught(experiment, "cotrain", network, round)
             for folder in mask_sets_heard(experiment, network, round)
         }

@@ -77,21 +77,17 @@ def checked_cases():
     return cases
 
 
-def rounds_of(experiment):
-    """Return the rounds that the settings ask for: "00", "01", ..."""
-    return [f"{number:02d}" for number in range(SETTINGS[experiment].rounds)]
-
-
 def last_round_of(experiment):
     """Return the round of the last training of 3D, which follows the others; None without one."""
     settings = SETTINGS[experiment]
     return f"{settings.rounds:02d}" if settings.cotraining.last_epochs else None
 
 
-def all_rounds_of(experiment):
-    """Return the rounds, and that of the last training of 3D where there is one."""
-    last = last_round_of(experiment)
-    return rounds_of(experiment) + ([last] if last else [])
+def rounds_of(experiment):
+    """Return the rounds, "00", "01", ...; the last training of 3D counts as one more."""
+    settings = SETTINGS[experiment]
+    count = settings.rounds + bool(settings.cotraining.last_epochs)
+    return [f"{number:02d}" for number in range(count)]
 
 
 def checked_reviews():
@@ -100,7 +96,7 @@ def checked_reviews():
     for experiment, settings in SETTINGS.items():
         cases = set(CASES[experiment]["unlabelled"]["case"])
         reviews[experiment] = read_review(settings.review, cases).to_dict("records")
-        rounds = all_rounds_of(experiment)
+        rounds = rounds_of(experiment)
         for row in reviews[experiment]:
             # As in the paths or without the zero; an empty cell is no round.
             if row["round"] not in {*rounds, *(str(int(round)) for round in rounds)}:
@@ -239,12 +235,10 @@ def shards_of(experiment, split):
     return max(1, min(SETTINGS[experiment].shards, len(CASES[experiment][split])))
 
 
-def manifests_in(folder, experiment, split):
-    """Return the manifests of all shards in a folder of masks or of preprocessed cases."""
-    return [
-        f"{folder}/manifest-{shard}.tsv"
-        for shard in range(shards_of(experiment, split))
-    ]
+def manifests_in(folders, experiment, split):
+    """Return the manifests of all shards in folders of masks or of preprocessed cases."""
+    shards = range(shards_of(experiment, split))
+    return [f"{folder}/manifest-{shard}.tsv" for folder in folders for shard in shards]
 
 
 def images_and_truths_of(experiment, split):
@@ -254,14 +248,10 @@ def images_and_truths_of(experiment, split):
     return images + [path for path in rows["label"] if path]
 
 
-def preprocessed_cases(split):
-    """Return an input function for the manifests of a split's preprocessed cases."""
-
-    def manifests(wildcards):
-        folder = f"results/{wildcards.experiment}/preprocessed/{split}"
-        return manifests_in(folder, wildcards.experiment, split)
-
-    return manifests
+def labelled_arrays(wildcards):
+    """Return the manifests of the preprocessed labelled cases."""
+    folder = f"results/{wildcards.experiment}/preprocessed/labelled"
+    return manifests_in([folder], wildcards.experiment, "labelled")
 
 
 # ------------------------------------------------------------------------- who teaches whom
@@ -285,7 +275,7 @@ def folder_of_round(experiment, arm, network, round):
     if network == "2d" and round == last_round_of(experiment):
         # Only 3D is trained then; the 2D network is still that of the round before.
         round = round_before(round)
-    so_far = all_rounds_of(experiment)[: int(round) + 1]
+    so_far = rounds_of(experiment)[: int(round) + 1]
     if not any(is_taught(experiment, "cotrain", network, each) for each in so_far):
         arm = "cotrain"
     return f"results/{experiment}/{arm}/round-{round}"
@@ -368,15 +358,11 @@ def own_network_of(wildcards):
 def test_masks_to_average(wildcards):
     """Return all manifests of both networks' masks of the test cases."""
     experiment, arm, round = wildcards.experiment, wildcards.arm, wildcards.round
-    return [
-        manifest
+    folders = [
+        f"{folder_of_round(experiment, arm, network, round)}/test_{network}"
         for network in ("2d", "3d")
-        for manifest in manifests_in(
-            f"{folder_of_round(experiment, arm, network, round)}/test_{network}",
-            experiment,
-            "test",
-        )
     ]
+    return manifests_in(folders, experiment, "test")
 
 
 # ------------------------------------------------------------------------------------- audit
@@ -385,7 +371,7 @@ def test_masks_to_average(wildcards):
 def manifests_of_teaching_masks(wildcards):
     """Return all manifests of the masks to audit."""
     masks = mask_set_teaching(wildcards.experiment, wildcards.network, wildcards.round)
-    return manifests_in(masks, wildcards.experiment, "unlabelled")
+    return manifests_in([masks], wildcards.experiment, "unlabelled")
 
 
 def folders_of(manifests):
@@ -396,11 +382,7 @@ def folders_of(manifests):
 def manifests_behind_teaching_masks(wildcards):
     """Return all manifests of the pseudo-masks that the masks to audit come from."""
     folders = mask_sets_behind(wildcards.experiment, wildcards.network, wildcards.round)
-    return [
-        manifest
-        for folder in folders
-        for manifest in manifests_in(folder, wildcards.experiment, "unlabelled")
-    ]
+    return manifests_in(folders, wildcards.experiment, "unlabelled")
 
 
 def verdicts_on(wildcards):
@@ -463,14 +445,14 @@ def manifests_of_test_masks(wildcards):
         folder = f"results/{experiment}/{arm}/round-{round}"
     else:
         folder = folder_of_round(experiment, arm, network, round)
-    return manifests_in(f"{folder}/test_{network}", experiment, "test")
+    return manifests_in([f"{folder}/test_{network}"], experiment, "test")
 
 
 def evaluations_of(experiment):
     """Return the tables of scores: both arms in every round, the means of 2D and 3D in the last."""
     if not has_test_cases(experiment):
         return []
-    rounds = all_rounds_of(experiment)
+    rounds = rounds_of(experiment)
     scored = [(network, round) for round in rounds for network in ("2d", "3d")]
     scored.append(("mean", rounds[-1]))
     return [
@@ -486,7 +468,7 @@ def curves_of(experiment):
     curves = [
         f"{folder_of_round(experiment, arm, network, round)}/train_{network}/curve.csv"
         for arm in arms
-        for network, round in trained_in(experiment, all_rounds_of(experiment))
+        for network, round in trained_in(experiment, rounds_of(experiment))
     ]
     return list(dict.fromkeys(curves))
 
@@ -495,22 +477,18 @@ def audits_of(experiment, suffix):
     """Return the audit tables (.tsv) or pages (.html) of all rounds."""
     return [
         f"results/{experiment}/cotrain/round-{round}/audit/train_{network}{suffix}"
-        for network, round in trained_in(experiment, all_rounds_of(experiment))
+        for network, round in trained_in(experiment, rounds_of(experiment))
         if is_taught(experiment, "cotrain", network, round)
     ]
 
 
 def pseudo_masks_of(experiment, rounds):
     """Return the manifests of all networks' pseudo-masks of these rounds."""
-    return [
-        manifest
+    folders = [
+        f"results/{experiment}/cotrain/round-{round}/pseudo_{network}"
         for network, round in trained_in(experiment, rounds)
-        for manifest in manifests_in(
-            f"results/{experiment}/cotrain/round-{round}/pseudo_{network}",
-            experiment,
-            "unlabelled",
-        )
     ]
+    return manifests_in(folders, experiment, "unlabelled")
 
 
 # ----------------------------------------------------------------------------------- report
@@ -540,7 +518,7 @@ def note_of(wildcards):
 
 def rounds_in_montage(experiment):
     """Return the first and the last round, and at most four between them."""
-    rounds = all_rounds_of(experiment)
+    rounds = rounds_of(experiment)
     shown = min(6, len(rounds))
     last = len(rounds) - 1
     return [rounds[round(step * last / max(1, shown - 1))] for step in range(shown)]
@@ -583,7 +561,7 @@ def everything_asked_for(wildcards):
             # Not only the pages: a table that a failed audit left out would not be missed.
             *audits_of(experiment, ".tsv"),
             *audits_of(experiment, ".html"),
-            *pseudo_masks_of(experiment, all_rounds_of(experiment)),
+            *pseudo_masks_of(experiment, rounds_of(experiment)),
         ]
     if GROUPS:
         files += expand(rules.compare.output, comparison=config["experiment"])
@@ -602,7 +580,7 @@ def compared_experiments(wildcards):
 
 def last_checkpoint(wildcards, network="3d"):
     """Return the co-trained network that was trained last; that of 3D is the product."""
-    last = all_rounds_of(wildcards.experiment)[-1]
+    last = rounds_of(wildcards.experiment)[-1]
     folder = folder_of_round(wildcards.experiment, "cotrain", network, last)
     return f"{folder}/train_{network}/checkpoint.pth"
 

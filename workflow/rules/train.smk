@@ -11,7 +11,7 @@ rule train:
         settings=training_settings_of,
         plans="results/{experiment}/preprocessed/plans.json",
         labelled="results/{experiment}/cases/labelled.tsv",
-        arrays=preprocessed_cases("labelled"),
+        arrays=labelled_arrays,
         audit=audited_masks_for,
         previous=checkpoint_before,
         encoder_weights=encoder_weights_for,
