@@ -1,6 +1,7 @@
 """The case table: what is accepted, and the sentence for each thing that is not."""
 
 import argparse
+import errno
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 
 from cotrain import make_table
+from cotrain.__main__ import main
 from cotrain.cases import cases_of, labels_from, read_cases
 from cotrain.errors import InputError
 from cotrain.files import read_table
@@ -342,6 +344,45 @@ def test_a_cell_may_hold_a_separator_that_is_no_end_of_a_line(tmp_path):
     path = tmp_path / "review.tsv"
     path.write_text("case\tnote\none\tfirst\u2028second\x85third\ntwo\t\n")
     assert read_table(path)["note"].tolist() == ["first\u2028second\x85third", ""]
+
+
+def test_make_table_says_what_it_leaves_out_and_what_looks_like_a_mask(tmp_path, capsys):
+    touch(tmp_path / "images", "a", "b", "b_mask")
+    (tmp_path / "images/c.nrrd").touch()
+    touch(tmp_path / "labels", "a")
+    make(tmp_path)
+    said = capsys.readouterr().out
+    assert (
+        f"{tmp_path / 'images'}: 1 that do not end in .nii.gz or .nii are left out, such as" in said
+    )
+    assert "1 cases look like masks of others, such as b_mask of b" in said
+
+
+def test_make_table_wants_a_label_of_each_test_case_of_a_list(tmp_path):
+    touch(tmp_path / "images", "a", "b", "c")
+    touch(tmp_path / "labels", "a", "b")
+    (tmp_path / "tests.txt").write_bytes("\ufeffa\nc\n".encode())
+    with pytest.raises(InputError, match="1 test cases have no label .* first `c`"):
+        make(tmp_path, "--test-list", str(tmp_path / "tests.txt"))
+
+
+def test_a_csv_with_semicolons_is_read(tmp_path):
+    path = tmp_path / "cases.CSV"
+    path.write_text("case;image;label\none;a.nii;\n")
+    assert read_table(path).to_dict("records") == [{"case": "one", "image": "a.nii", "label": ""}]
+
+
+def test_a_place_that_cannot_be_written_to_is_told(tmp_path, capsys, monkeypatch):
+    def refuse(*words):
+        raise PermissionError(errno.EACCES, "Permission denied", "scans/cases.tsv")
+
+    monkeypatch.setattr(make_table, "run", refuse)
+    words = ["make-table", "--images", "i", "--labels", "l", "--out", "o.tsv"]
+    assert main(words) == 2
+    assert capsys.readouterr().err == (
+        "cotrain make-table: scans/cases.tsv: Permission denied; ask for permission, or give "
+        "another place.\n"
+    )
 
 
 def test_make_table_joins_channels_in_the_order_of_the_suffixes(tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -329,6 +330,34 @@ def test_a_lone_slice_among_volumes_is_warned_of(data, capsys):
     data.check()
     said = "1 images are less than a quarter as thick as every labelled one, such as case2 (1.2 mm)"
     assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spacing", [(0.0005, 0.001, 0.002), (50, 100, 200)])
+def test_a_voxel_size_in_another_unit_is_refused(data, spacing):
+    data.write_image("case2", spacing=spacing)
+    said = data.error()
+    assert (
+        "case case2: the image has " in said and "labelled cases have voxels of 0.5x1x2 mm" in said
+    )
+
+
+def test_a_label_on_single_slices_is_warned_of(data):
+    assert "single slices" not in warnings_of(data)
+    label = np.zeros(SHAPE, np.uint8)
+    label[3] = 1
+    data.write_label("case1", label)
+    assert "1 labelled cases have a label on single slices only, such as case1" in warnings_of(data)
+    label[[7, 9]] = 2
+    data.write_label("case1", label)
+    assert "single slices" in warnings_of(data)
+
+
+def test_a_channel_with_the_air_of_ct_should_be_called_ct(data, capsys):
+    for case in range(6):
+        data.write_image(f"case{case}", scale=-1000)
+    for name, is_told in (("MRI", True), ("CT", False)):
+        data.check("--channels", name)
+        assert ("call it CT in `channels`" in capsys.readouterr().out) == is_told
 
 
 def test_mixed_orientations_are_warned_of(data):

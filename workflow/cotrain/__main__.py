@@ -1,6 +1,7 @@
 """The `cotrain` command: one sub-command for each step of the workflow."""
 
 import argparse
+import errno
 import importlib
 import os
 import signal
@@ -36,6 +37,16 @@ COMMANDS = {
 """Command name → (module, help). A module is imported only when its command is called."""
 
 
+REMEDIES = {
+    errno.EACCES: "ask for permission, or give another place",
+    errno.EPERM: "ask for permission, or give another place",
+    errno.EROFS: "give a place that can be written to",
+    errno.ENOSPC: "make room and give the same command again",
+    errno.EDQUOT: "make room and give the same command again",
+}
+"""What to do where the file system refuses."""
+
+
 def parsed(words: list[str]) -> argparse.Namespace:
     """Return the options of a command line, with the command's function as `run`."""
     parser = argparse.ArgumentParser(prog="cotrain", description=__doc__)
@@ -61,6 +72,12 @@ def main(words: list[str] | None = None) -> int:
         arguments.run(arguments)
     except InputError as error:
         print(f"cotrain {called}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        said = f"{error.filename or 'a file'}: {error.strerror}; {REMEDIES[error.errno]}."
+        print(f"cotrain {called}: {said}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"cotrain {called} was interrupted; give the same command to go on.", file=sys.stderr)

@@ -17,7 +17,7 @@ from cotrain.files import read_table
 COLUMNS = ("case", "image", "label", "split")
 SPLITS = ("labelled", "unlabelled", "test")
 SUFFIXES = (".nii.gz", ".nii")
-CASE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+CASE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,149}"
 
 
 def read_cases(
@@ -78,7 +78,7 @@ def check_files_exist(cases: pd.DataFrame, *, table: str | Path, data_folder: st
         missing += [os.path.join(folder, name) for name in names if name not in there]
     if missing:
         raise InputError(
-            f"{table}: {len(missing)} of {len(wanted)} files do not exist, first "
+            f"{table}: {len(missing)} of {len(wanted)} files do not exist, or are folders, first "
             f"{', '.join(missing[:3])}; correct the paths in the table, or data_folder, which "
             f"relative paths start from ({data_folder})."
         )
@@ -120,8 +120,8 @@ def _check_names(cases: pd.DataFrame, table: Path) -> None:
         cases[~cases["case"].str.fullmatch(CASE_NAME)],
         table,
         lambda row: (
-            "a case name becomes a file name and may hold letters, digits, `_`, `-` and `.`, a "
-            "letter or digit first; rename the case"
+            "a case name becomes a file name and may hold up to 150 letters, digits, `_`, `-` and "
+            "`.`, a letter or digit first; rename the case (its files may keep their names)"
         ),
     )
     # nnU-Net keeps the label of case `a` as `a_seg.b2nd` beside its image `a.b2nd`
@@ -177,14 +177,18 @@ def _check_images_and_labels(cases: pd.DataFrame, table: Path) -> None:
     def not_nifti(paths: str) -> bool:
         return not all(path.endswith(SUFFIXES) for path in paths.split(";"))
 
+    def first_of_another_kind(row: pd.Series) -> str:
+        paths = [*row["image"].split(";"), *filter(None, [row["label"]])]
+        return next(path for path in paths if not path.endswith(SUFFIXES))
+
     _refuse(
         cases[
             cases["image"].map(not_nifti) | (cases["label"].map(not_nifti) & cases["label"].ne(""))
         ],
         table,
         lambda row: (
-            f"`{row['image']}` or `{row['label']}` has a path that does not end in .nii.gz or "
-            ".nii; convert the file to NIfTI or mend the path"
+            f"the path `{first_of_another_kind(row)}` does not end in .nii.gz or .nii; convert the "
+            "file to NIfTI, mend the path, or remove a `;` that is too many"
         ),
     )
     channels = cases["image"].str.count(";") + 1

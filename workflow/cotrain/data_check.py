@@ -53,8 +53,14 @@ EXTENT_RATIO = 4
 """A volume so much thinner than every labelled one is a localiser or a lone slice."""
 MAX_LABELLED_PICTURES = 60
 MAX_UNLABELLED_PICTURES = 6
+MAX_SPACING_RATIO = 20
+"""Voxels so many times as long as the labelled cases' cannot be meant."""
+LOWEST_MRI = -500
+"""An intensity that air has in CT, and nothing elsewhere."""
 SPACING_RATIO = 2
 INTENSITY_RATIO = 100
+ACROSS = ((1, 2), (0, 2), (0, 1))
+"""For each axis the two others."""
 INTENSITIES = ("min", "p00_5", "p50", "p99_5", "max", "mean")
 SUMMARISED_INTENSITIES = {
     "p00_5": "0.5th percentile",
@@ -85,6 +91,8 @@ class Case:
     intensities: list[dict[str, float]] = field(default_factory=list)
     volumes_ml: dict[str, float] | None = None
     unknown_values: dict[int, str] = field(default_factory=dict)
+    sparse: bool = False
+    """Whether the label leaves out slices that it should be on."""
     picture: str | None = None
     """Three slices as a data address."""
 
@@ -156,10 +164,14 @@ def problems_of(cases: Sequence[Case], labels: Mapping[str, int]) -> list[str]:
     for value in sorted({value for case in few for value in case.unknown_values}):
         holders = [case for case in few if value in case.unknown_values]
         others = f" (and {len(holders) - 1} more cases)" if len(holders) > 1 else ""
+        remedy = (
+            "add it to the settings, or correct the file"
+            if value == len(labels) + 1
+            else "renumber it in the file (values are 1, 2, 3 ... without gaps), or remove it"
+        )
         problems.append(
             f"case {holders[0].name}{others}: {holders[0].unknown_values[value]} holds the label "
-            f"value {value}, and the known labels are {known}; add it to the settings or correct "
-            "the file."
+            f"value {value}, and the known labels are {known}; {remedy}."
         )
     labelled = [case for case in cases if case.split == "labelled"]
     # a label file that could not be read may hold the label that seems to be missing
@@ -178,12 +190,45 @@ def problems_of(cases: Sequence[Case], labels: Mapping[str, int]) -> list[str]:
                 f"{twin.split} case {twin.name} and {case.split} case {case.name} hold the same "
                 "voxels; remove one of them from the table."
             )
-    return problems + [problem for case in cases for problem in case.problems]
+    problems += [problem for case in cases for problem in case.problems]
+    return problems + _problems_of_sizes([case for case in cases if case.shape])
 
 
-def warnings_of(cases: Sequence[Case]) -> list[str]:
-    """Return sentences about what is allowed in a data set but often a mistake."""
+def _problems_of_sizes(cases: Sequence[Case]) -> list[str]:
+    """Return sentences on images of which nothing is left at the labelled ones' voxel size.
+
+    Or which have voxels so large that they cannot be meant, as where a header is in another unit.
+    """
+    labelled = [case for case in cases if case.split == "labelled"]
+    if not labelled:
+        return []
+    usual = np.median([case.spacing_mm for case in labelled], axis=0)
+    problems = []
+    for case in cases:
+        ratio = case.spacing_mm / usual
+        if (case.shape * ratio).min() < 0.5 or ratio.max() > MAX_SPACING_RATIO:
+            problems.append(
+                f"case {case.name}: the image has {by(case.shape)} voxels of {by(case.spacing_mm)} "
+                f"mm, and labelled cases have voxels of {by(usual)} mm (median); correct the voxel "
+                "size in its header, or take the case out of the table."
+            )
+    return problems
+
+
+def warnings_of(cases: Sequence[Case], channels: Sequence[str] = ()) -> list[str]:
+    """Return sentences about what is allowed in a data set but often a mistake.
+
+    channels: their names in the settings, where known.
+    """
     warnings = []
+    for number, name in enumerate(channels):
+        low = float(np.median([case.intensities[number]["p00_5"] for case in cases]))
+        if name.casefold() != "ct" and low < LOWEST_MRI:
+            warnings.append(
+                f"Channel {number} is called {name}, but begins at {low:.0f} (median 0.5th "
+                "percentile), as CT does; call it CT in `channels`, so that nnU-Net normalises "
+                "the intensities of all images in the same way."
+            )
     orientations = Counter(case.orientation for case in cases)
     if len(orientations) > 1:
         found = ", ".join(
@@ -234,6 +279,13 @@ def warnings_of(cases: Sequence[Case]) -> list[str]:
         warnings.append(
             f"{len(empty)} cases have a label file without any foreground, such as {empty[0]}; "
             "check that this is meant."
+        )
+    sparse = [case.name for case in cases if case.sparse and case.split == "labelled"]
+    if sparse:
+        warnings.append(
+            f"{len(sparse)} labelled cases have a label on single slices only, such as "
+            f"{sparse[0]}: every slice without is taught as background; label all slices, or cut "
+            "the image to those that are."
         )
     unscored = [case.name for case in cases if case.split == "test" and case.volumes_ml is None]
     if unscored:
@@ -372,6 +424,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="every label in the files, without the background 0",
     )
     parser.add_argument(
+        "--channels", nargs="+", default=[], metavar="NAME", help="the channels' names, to look at"
+    )
+    parser.add_argument(
         "--transductive",
         action="store_true",
         help="count test images, without their labels, as unlabelled ones, too, and say so",
@@ -397,7 +452,7 @@ def run(arguments: argparse.Namespace) -> None:
     out_dir = arguments.out_dir
     cases = _known_or_examined(table, labels, out_dir / "work" / "found.json", jobs=arguments.jobs)
     refuse(problems_of(cases, labels), where=f"the data of {arguments.cases}")
-    warnings = warnings_of(cases)
+    warnings = warnings_of(cases, arguments.channels)
     for warning in warnings:
         print(f"warning: {warning}")
     if arguments.list:
@@ -526,6 +581,18 @@ def _add_volumes(
     found = {int(value): int(count) for value, count in counts}
     case.volumes_ml = {name: found.pop(value, 0) * voxel_ml for name, value in labels.items()}
     case.unknown_values = {value: path for value in found if value != 0}
+    case.sparse = any(map(_leaves_out_slices, (values.any(axis=each) for each in ACROSS)))
+
+
+def _leaves_out_slices(is_on: np.ndarray) -> bool:
+    """Return whether of the slices from a label's first to its last fewer than half have it.
+
+    Or whether just one slice has it of ten or more in the image.
+    """
+    slices = np.flatnonzero(is_on)
+    if slices.size < 2:
+        return slices.size == 1 and is_on.size >= 10
+    return 2 * slices.size < slices[-1] - slices[0] + 1
 
 
 def _tile(case: Case) -> str:

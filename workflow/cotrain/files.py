@@ -70,13 +70,16 @@ def read_table(path: str | Path) -> pd.DataFrame:
         raise InputError(
             f"The table {path} does not exist in {Path.cwd()}; give the path of a TSV or CSV file."
         )
-    separator = "," if path.suffix == ".csv" else "\t"
+    separator = "," if path.suffix.lower() == ".csv" else "\t"
     try:
         text = path.read_text()
     except UnicodeDecodeError as error:
         raise _no_table(path, error) from None
     # Not splitlines: a note pasted from a PDF may hold separators that are no line's end.
     lines = [line for line in text.split("\n") if not line.startswith("#")]
+    if separator == "," and lines and ";" in lines[0] and "," not in lines[0]:
+        # As spreadsheets write a CSV in countries where the comma is in numbers.
+        separator = ";"
     there = [name for sign, name in SEPARATORS.items() if lines and sign in lines[0]]
     if there and SEPARATORS[separator] not in there:
         raise InputError(

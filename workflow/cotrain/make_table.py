@@ -16,6 +16,9 @@ from cotrain.cases import COLUMNS, SPLITS, SUFFIXES, read_cases
 from cotrain.errors import InputError
 from cotrain.files import write_table
 
+WORDS_OF_MASKS = ("seg", "mask", "label", "segmentation", "gt")
+"""What follows the case in the name of a mask that lies among the images."""
+
 
 def images_and_labels(
     images: Iterable[str | Path], labels: Iterable[str | Path], *, channel_suffixes: Sequence[str]
@@ -88,6 +91,12 @@ def with_splits(
             f"{len(unknown)} test cases have no image, first `{unknown[0]}`; correct the test list."
         )
     has_label = list(cases.loc[cases["label"] != "", "case"])
+    unscored = sorted(set(test_names) - set(has_label))
+    if unscored:
+        raise InputError(
+            f"{len(unscored)} test cases have no label and cannot be scored, first "
+            f"`{unscored[0]}`; correct the test list."
+        )
     test_cases = set(test_names) | set(has_label[max(0, len(has_label) - test) :])
     labelled_cases = [case for case in has_label if case not in test_cases][:labelled]
     taken = test_cases | set(labelled_cases)
@@ -167,7 +176,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.test_list is not None:
         if not arguments.test_list.is_file():
             raise InputError(f"The test list {arguments.test_list} does not exist; correct it.")
-        test_names = arguments.test_list.read_text().split()
+        try:
+            # Editors on Windows put a mark before the first name.
+            test_names = arguments.test_list.read_text(encoding="utf-8-sig").split()
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{arguments.test_list} cannot be read as text ({error}); save it as UTF-8."
+            ) from None
     cases = images_and_labels(
         arguments.images, arguments.labels, channel_suffixes=arguments.channel_suffix
     )
@@ -191,6 +206,18 @@ def run(arguments: argparse.Namespace) -> None:
             "written. A case is named as its files are. Where all images have labels, say with "
             "--labelled and --test how many to use, or with --test-list which to test.)"
         ) from None
+    strays = [
+        (name, other)
+        for name in checked["case"]
+        for word in WORDS_OF_MASKS
+        if (other := re.sub(rf"[._-]{word}$", "", name, flags=re.IGNORECASE)) != name
+        and other in set(checked["case"])
+    ]
+    if strays:
+        print(
+            f"WARNING: {len(strays)} cases look like masks of others, such as {strays[0][0]} of "
+            f"{strays[0][1]}; keep masks in a folder of their own."
+        )
     counts = [f"{(checked['split'] == split).sum()} {split}" for split in SPLITS]
     print(f"{arguments.out}: {', '.join(counts)}")
 
@@ -215,10 +242,15 @@ def _nifti_files(folders: Iterable[str | Path]) -> dict[str, str]:
     found: dict[str, str] = {}
     for folder in folders:
         if not Path(folder).is_dir():
-            raise InputError(f"The folder {folder} does not exist; correct the path.")
+            what = "is a file" if Path(folder).exists() else "does not exist"
+            raise InputError(f"{folder} {what}; give the path of a folder.")
+        others = []
         for entry in sorted(os.listdir(folder)):
             suffix = next((suffix for suffix in SUFFIXES if entry.endswith(suffix)), None)
-            if suffix is None or entry.startswith("."):
+            if entry.startswith("."):
+                continue
+            if suffix is None:
+                others.append(entry)
                 continue
             name = entry.removesuffix(suffix)
             path = os.path.abspath(os.path.join(folder, entry))
@@ -227,9 +259,15 @@ def _nifti_files(folders: Iterable[str | Path]) -> dict[str, str]:
                     f"{found[name]} and {path} have the same name; rename or remove one of them."
                 )
             found[name] = path
+        if others:
+            print(
+                f"{folder}: {len(others)} that do not end in .nii.gz or .nii are left out, such as "
+                f"{others[0]}"
+            )
     if not found:
         raise InputError(
-            f"No file ends in .nii.gz or .nii in {', '.join(map(str, folders))}; correct the path."
+            f"No file ends in .nii.gz or .nii in {', '.join(map(str, folders))}; convert images "
+            "and masks to NIfTI, all in one folder each, or correct the path."
         )
     return found
 

@@ -166,7 +166,8 @@ def _open(path: str | Path) -> nibabel.Nifti1Image | nibabel.Nifti2Image:
     if len(image.shape) != 3 or 0 in image.shape:
         raise InputError(
             f"{path} has the shape {by(image.shape)}, wanted three axes of at least one voxel; "
-            "write one 3D file for each channel or time point."
+            "write one 3D file for each channel or time point, and a mask as one 3D file with a "
+            "value for each label."
         )
     if image.get_data_dtype().kind not in "iuf":
         raise InputError(

@@ -17,7 +17,8 @@ from cotrain.errors import InputError
 Network = Literal["2d", "3d"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Size = Annotated[int, Field(ge=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
+Name = Annotated[str, Field(pattern=NAME)]
 
 
 class Section(BaseModel):
@@ -532,17 +533,52 @@ def _sentence(problem: dict, model: type[Section]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = sorted(_keys_beside(problem["loc"], model))
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-        remedy = f"did you mean `{near[0]}`" if near else "known keys: " + ", ".join(known)
+        word = str(problem["loc"][-1])
+        near = _sections_with(word, model) if len(problem["loc"]) == 1 else []
+        near = near or difflib.get_close_matches(word, known, n=1)
+        remedy = (
+            f"did you mean {' or '.join(f'`{each}`' for each in near)}"
+            if near
+            else "known keys: " + ", ".join(known)
+        )
         return f"unknown setting `{key}`; {remedy}"
+    if problem["type"] == "missing" and isinstance(problem["loc"][-1], int):
+        return f"`{key.rpartition('.')[0]}` has too few numbers; give one for each axis"
     if problem["type"] == "missing":
         return f"the setting `{key}` is missing; add it"
+    if problem.get("ctx", {}).get("pattern") == NAME:
+        return f"`{key}` is {problem['input']!r}: write letters, digits, `_` and `-` without spaces"
+    if problem["loc"][-1:] == ("[key]",):
+        return f"`{key.split('.')[0]}` has the name {problem['input']!r}; write `name: value`"
+    if remedy := REMEDIES.get(problem["type"]):
+        return f"`{key}` is {problem['input']!r}: {remedy}"
     message = problem["msg"].removeprefix("Value error, ")
     if not key or problem["type"] == "value_error":
         return message if not key else f"`{key}` is {problem['input']!r}: {message}"
     return (
         f"`{key}` is {problem['input']!r}: {message}; correct it (config/README.md says what it is)"
     )
+
+
+REMEDIES = {
+    "tuple_type": "write a list, such as [1, 2]",
+    "dict_type": "write `name: value` for each",
+    "model_type": "write its settings below it, indented, or remove the line",
+    "string_type": "write a word, in quotes where it looks like a number",
+    "path_type": "give a path",
+}
+"""What to write in place of a value of another type; pydantic's words are those of Python."""
+
+
+def _sections_with(name: str, model: type[Section]) -> list[str]:
+    """Return the full keys of the settings called `name` in the sections of a model."""
+    return [
+        f"{section}.{name}"
+        for section, field in model.model_fields.items()
+        if isinstance(field.annotation, type)
+        and issubclass(field.annotation, Section)
+        and name in field.annotation.model_fields
+    ]
 
 
 def _keys_beside(location: tuple, model: type[Section]) -> set[str]:

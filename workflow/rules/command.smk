@@ -24,6 +24,14 @@ def say_what_is_easily_missed():
                 f"{experiment}: the rate anneals to 0 over {scheduled} rounds "
                 f"(cotraining.schedule_rounds), but only {settings.rounds} are run (rounds)."
             )
+        if not any(
+            is_taught(experiment, "cotrain", network, round)
+            for network, round in trained_in(experiment, rounds_of(experiment))
+        ):
+            logger.warning(
+                f"{experiment}: no network is taught by masks of unlabelled cases in so few "
+                "rounds; set `rounds` to 2 at least."
+            )
         for channel in settings.channels:
             if channel.casefold() != "ct" and re.search(
                 r"(?<![a-z])ct(?![a-z])", channel.casefold()

@@ -90,6 +90,7 @@ rule describe_data:
     params:
         data_folder=data_folder_of,
         labels=labels_of,
+        channels=lambda wildcards: list(settings_of(wildcards).channels),
         transductive=transductive_or_not,
         out_dir=subpath(output.table, parent=True),
     shell:
@@ -98,10 +99,13 @@ rule describe_data:
             --cases {input.cases:q} \
             --data-folder {params.data_folder:q} \
             --labels {params.labels:q} \
+            --channels {params.channels:q} \
             --out-dir {params.out_dir:q} \
             --jobs {threads} \
             {params.transductive} \
             >{log:q} 2>&1
+        # Where people look while training begins.
+        grep ^warning {log:q} >&2 || true
         """
 
 
