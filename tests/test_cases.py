@@ -362,7 +362,7 @@ def test_make_table_wants_a_label_of_each_test_case_of_a_list(tmp_path):
     touch(tmp_path / "images", "a", "b", "c")
     touch(tmp_path / "labels", "a", "b")
     (tmp_path / "tests.txt").write_bytes("\ufeffa\nc\n".encode())
-    with pytest.raises(InputError, match="1 test cases have no label .* first `c`"):
+    with pytest.raises(InputError, match=r"1 test cases have no label .* first `c`"):
         make(tmp_path, "--test-list", str(tmp_path / "tests.txt"))
 
 

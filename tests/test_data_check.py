@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import re
 from html.parser import HTMLParser
 from pathlib import Path
 
