@@ -71,13 +71,18 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
         "cotraining.first_teacher": "both_labels_only",
         "training_3d.warmup_epochs": "{epochs}",
     },
+    "labels_first": {
+        "cotraining.first_teacher": "both_labels_only",
+        "training_3d.warmup_epochs": "{epochs}",
+    },
     "random_2d": {"network_2d.weights": "random"},
     "long_3d": {"training_3d.epochs_per_round": "{long}", "cotraining.last_epochs": "0"},
     "full": {},
 }
 """Settings in which an experiment differs from the configuration file. The 3D network has as many
-epochs in all of them but two: `long_3d` gets the time of everything that co-training computes, and
-`self`, whose teacher is the network on labels alone after all its epochs, about as much."""
+epochs in all of them but three: `long_3d` gets the time of everything that co-training computes,
+`self`, whose teacher is the network on labels alone after all its epochs, about as much, and
+`labels_first` the epochs of `self`, with 2D beside it: more time than all others."""
 PEERS = {"mean_teacher": 0.94, "cross_pseudo": 0.48}
 """Peers trained by benchmarks/peers.py, and their 3D epochs as a share of long_3d's: what its time
 allows, with the teacher's or the second network's work in each step."""
@@ -112,6 +117,10 @@ METHODS = [
     Method("2D, co-trained", "own", "cotrain", "2d"),
     Method("3D, co-trained, before the last training", "own", "cotrain", "3d", back=1),
     *PRODUCTS,
+    Method("3D, labels only, in the steps of labels first", "labels_first", "labels_only", "3d"),
+    Method("mean of both, likewise", "labels_first", "labels_only", "mean"),
+    Method("3D, co-trained, labels first", "labels_first", "cotrain", "3d"),
+    Method("mean of both, co-trained, labels first", "labels_first", "cotrain", "mean"),
     BOUND,
 ]
 

@@ -110,12 +110,13 @@ def test_3d_has_as_many_epochs_in_all_experiments_but_those_of_equal_time(
         stage = each.stages()["train_last"]
         schedule = Schedule("3d", stage.training, stage.cotraining, stage.last_round)
         epochs[name] = schedule.window(accuracy.last_round_of(each)).stop
-    long, alone = epochs.pop("long_3d"), epochs.pop("self")
+    long, alone, longer = (epochs.pop(name) for name in ("long_3d", "self", "labels_first"))
     assert max(epochs.values()) - min(epochs.values()) <= 2
     share = accuracy.DATA[data].share_of_3d
     assert long == pytest.approx(epochs["own"] / share, abs=2)
     # The first teacher has had all epochs; the rest of the time is for its masks and their rounds.
     assert epochs["own"] < alone < long
+    assert longer == alone
 
 
 def test_every_method_belongs_to_an_experiment_that_can_be_run(accuracy):
