@@ -146,6 +146,14 @@ def test_a_nifti_2_image_gets_nifti_2_labels(tmp_path):
     np.testing.assert_array_equal(affine, AFFINES["oblique"])
 
 
+def test_a_file_that_may_not_be_read_is_not_called_broken(tmp_path, monkeypatch):
+    path = tmp_path / "image.nii.gz"
+    path.touch()
+    monkeypatch.setattr("cotrain.nifti.os.access", lambda *words: False)
+    with pytest.raises(InputError, match=r"image\.nii\.gz cannot be read; ask for read permission"):
+        check_image(path)
+
+
 def test_labels_of_another_shape_are_not_written(tmp_path):
     image = write_image(tmp_path / "image.nii.gz", np.eye(4))
     with pytest.raises(InputError, match=r"4x5x5 cannot be written .* which is 4x5x6"):

@@ -4,6 +4,7 @@ Arrays are in nibabel's axis order, `(X, Y, Z)`; affines map voxel indices to mm
 """
 
 import gzip
+import os
 import zlib
 from collections.abc import Iterable
 from itertools import product
@@ -220,6 +221,8 @@ def _check_geometry(path: str | Path, affine: np.ndarray, header: Header) -> Non
 
 def _unreadable(path: str | Path, error: Exception) -> str:
     """Return the sentence about a file that cannot be read."""
+    if os.path.exists(path) and not os.access(path, os.R_OK):
+        return f"{path} cannot be read; ask for read permission."
     reason = " ".join(str(error).split()) or type(error).__name__
     return f"{path} cannot be read as NIfTI ({reason}); copy or export the file again."
 

@@ -132,7 +132,7 @@ try:
         SETTINGS, GROUPS = checked_settings()
         CASES = checked_cases()
         REVIEWS = checked_reviews()
-except InputError as error:
+except (InputError, PermissionError) as error:
     raise WorkflowError(str(error)) from None
 
 
