@@ -12,6 +12,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 demo: $(VENV)/ready
 	@echo "Some minutes; in another window: $(BIN)/cotrain status demo"
+	@echo "(The demo's brains are stored in two orientations on purpose, and it warns of that.)"
 	$(RUN) cotrain make-demo-data --folder data/demo
 	$(RUN) snakemake --cores $(CORES) --configfile config/demo.yaml --quiet rules \
 		--set-threads train=1 infer_pseudo_masks=1 infer_test_masks=1 \
