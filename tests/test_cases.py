@@ -224,9 +224,12 @@ def test_every_case_needs_an_image(tmp_path):
     assert "the image is empty" in error_of(tmp_path, [*GOOD, ("d", "", "", "test")])
 
 
-@pytest.mark.parametrize("image", ["d.nii.gz;", "d.nrrd", "d.nii.gz;d.png"])
-def test_only_nifti_files_are_accepted(tmp_path, image):
-    message = error_of(tmp_path, [*GOOD, ("d", image, "", "test")])
+@pytest.mark.parametrize(
+    ("image", "label"),
+    [("d.nii.gz;", ""), ("d.nrrd", ""), ("d.nii.gz;d.png", ""), ("d.nii.gz", "d.mha;e.nii.gz")],
+)
+def test_only_nifti_files_are_accepted(tmp_path, image, label):
+    message = error_of(tmp_path, [*GOOD, ("d", image, label, "test")])
     assert "row 4, case `d`" in message and "convert the file to NIfTI" in message
 
 
@@ -358,12 +361,13 @@ def test_make_table_says_what_it_leaves_out_and_what_looks_like_a_mask(tmp_path,
     assert "1 cases look like masks of others, such as b_mask of b" in said
 
 
-def test_make_table_wants_a_label_of_each_test_case_of_a_list(tmp_path):
-    touch(tmp_path / "images", "a", "b", "c")
+def test_make_table_warns_of_test_cases_of_a_list_without_a_label(tmp_path, capsys):
+    touch(tmp_path / "images", "a", "b", "c", "d")
     touch(tmp_path / "labels", "a", "b")
     (tmp_path / "tests.txt").write_bytes("\ufeffa\nc\n".encode())
-    with pytest.raises(InputError, match=r"1 test cases have no label .* first `c`"):
-        make(tmp_path, "--test-list", str(tmp_path / "tests.txt"))
+    made = make(tmp_path, "--test-list", str(tmp_path / "tests.txt"))
+    assert list(made["split"]) == ["test", "labelled", "test", "unlabelled"]
+    assert "WARNING: 1 test cases have no label" in capsys.readouterr().out
 
 
 def test_a_csv_with_semicolons_is_read(tmp_path):

@@ -340,15 +340,31 @@ def test_a_voxel_size_in_another_unit_is_refused(data, spacing):
     )
 
 
+def test_anisotropic_voxels_along_another_array_axis_are_no_error(data):
+    for number in range(6):
+        data.write_image(f"case{number}", spacing=(0.1, 0.1, 3))
+        data.write_label(f"case{number}", spacing=(0.1, 0.1, 3))
+    turned = nibabel.Nifti1Image(
+        np.random.default_rng(9).normal(size=(40, 8, 40)).astype(np.float32),
+        np.array([[0.1, 0, 0, 0], [0, 0, 0.1, 0], [0, 3, 0, 0], [0, 0, 0, 1]]),
+    )
+    nibabel.save(turned, data.folder / "case2.nii.gz")
+    assert "Mixed orientations" in warnings_of(data)
+
+
 def test_a_label_on_single_slices_is_warned_of(data):
     assert "single slices" not in warnings_of(data)
     label = np.zeros(SHAPE, np.uint8)
     label[3] = 1
     data.write_label("case1", label)
-    assert "1 labelled cases have a label on single slices only, such as case1" in warnings_of(data)
-    label[[7, 9]] = 2
+    # A lesion on one slice is none, nor is an organ that there are two of.
+    assert "single slices" not in warnings_of(data)
+    label[[4, 8, 9]] = 2
     data.write_label("case1", label)
-    assert "single slices" in warnings_of(data)
+    assert "single slices" not in warnings_of(data)
+    label[[4, 9]] = 0
+    data.write_label("case1", label)
+    assert "1 labelled cases have a label on single slices" in warnings_of(data)
 
 
 def test_a_channel_with_the_air_of_ct_should_be_called_ct(data, capsys):

@@ -32,7 +32,7 @@ def test_without_a_table_a_file_is_one_experiment():
 
 
 def test_a_name_may_look_like_a_number(tmp_path):
-    experiments, _ = experiments_of(table(tmp_path, "experiment\n2024_01\n007\non\n"), source="x")
+    experiments, _ = experiments_of(table(tmp_path, "experiment\n2024_01\n'007'\non\n"), source="x")
     assert list(experiments) == ["2024_01", "007", "on"]
 
 

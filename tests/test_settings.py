@@ -45,10 +45,10 @@ def changed_stages(**changes):
         ({"training_2d": {"learning_rate": 0}}, "`training_2d.learning_rate` is 0: "),
         (
             {"experiment": "a b"},
-            "`experiment` is 'a b': write letters, digits, `_` and `-` without",
+            "`experiment` is 'a b': write letters, digits, `_` and `-`, a letter",
         ),
         ({"experiment": 2024}, "`experiment` is 2024: write a word, in quotes where it looks like"),
-        ({"channels": "MRI"}, "`channels` is 'MRI': write a list, such as [1, 2]"),
+        ({"channels": "MRI"}, "`channels` is 'MRI': write a list, such as [a, b]"),
         ({"labels": ["a", "b"]}, "`labels` is ['a', 'b']: write `name: value` for each"),
         ({"labels": {1: "organ"}}, "`labels` has the name 1; write `name: value`"),
         ({"network_2d": None}, "`network_2d` is None: write its settings below it, indented"),

@@ -178,7 +178,7 @@ def _check_images_and_labels(cases: pd.DataFrame, table: Path) -> None:
         return not all(path.endswith(SUFFIXES) for path in paths.split(";"))
 
     def first_of_another_kind(row: pd.Series) -> str:
-        paths = [*row["image"].split(";"), *filter(None, [row["label"]])]
+        paths = row["image"].split(";") + (row["label"].split(";") if row["label"] else [])
         return next(path for path in paths if not path.endswith(SUFFIXES))
 
     _refuse(

@@ -55,12 +55,10 @@ MAX_LABELLED_PICTURES = 60
 MAX_UNLABELLED_PICTURES = 6
 MAX_SPACING_RATIO = 20
 """Voxels so many times as long as the labelled cases' cannot be meant."""
-LOWEST_MRI = -500
-"""An intensity that air has in CT, and nothing elsewhere."""
+HIGHEST_AIR = -500
+"""Air in CT is below it, and hardly anything in other images."""
 SPACING_RATIO = 2
 INTENSITY_RATIO = 100
-ACROSS = ((1, 2), (0, 2), (0, 1))
-"""For each axis the two others."""
 INTENSITIES = ("min", "p00_5", "p50", "p99_5", "max", "mean")
 SUMMARISED_INTENSITIES = {
     "p00_5": "0.5th percentile",
@@ -91,8 +89,8 @@ class Case:
     intensities: list[dict[str, float]] = field(default_factory=list)
     volumes_ml: dict[str, float] | None = None
     unknown_values: dict[int, str] = field(default_factory=dict)
-    sparse: bool = False
-    """Whether the label leaves out slices that it should be on."""
+    has_single_slices: bool = False
+    """Whether most slices of the label, along an axis, have none on the slice before or after."""
     picture: str | None = None
     """Three slices as a data address."""
 
@@ -203,14 +201,18 @@ def _problems_of_sizes(cases: Sequence[Case]) -> list[str]:
     if not labelled:
         return []
     usual = np.median([case.spacing_mm for case in labelled], axis=0)
+    usual_ras = np.median([case.spacing_ras_mm for case in labelled], axis=0)
     problems = []
     for case in cases:
-        ratio = case.spacing_mm / usual
-        if (case.shape * ratio).min() < 0.5 or ratio.max() > MAX_SPACING_RATIO:
+        # nnU-Net rounds a half to nothing.
+        is_nothing = (case.shape * (case.spacing_mm / usual)).min() <= 0.5
+        is_coarse = (case.spacing_ras_mm / usual_ras).max() > MAX_SPACING_RATIO
+        if is_nothing or is_coarse:
+            so = "so that nothing is left of it at their voxel size; " if is_nothing else ""
             problems.append(
                 f"case {case.name}: the image has {by(case.shape)} voxels of {by(case.spacing_mm)} "
-                f"mm, and labelled cases have voxels of {by(usual)} mm (median); correct the voxel "
-                "size in its header, or take the case out of the table."
+                f"mm, and labelled cases have voxels of {by(usual)} mm (median), {so}take the case "
+                "out of the table, or correct the voxel size in its header if it is wrong."
             )
     return problems
 
@@ -223,11 +225,11 @@ def warnings_of(cases: Sequence[Case], channels: Sequence[str] = ()) -> list[str
     warnings = []
     for number, name in enumerate(channels):
         low = float(np.median([case.intensities[number]["p00_5"] for case in cases]))
-        if name.casefold() != "ct" and low < LOWEST_MRI:
+        if name.casefold() not in ("ct", "nonorm") and low < HIGHEST_AIR:
             warnings.append(
                 f"Channel {number} is called {name}, but begins at {low:.0f} (median 0.5th "
-                "percentile), as CT does; call it CT in `channels`, so that nnU-Net normalises "
-                "the intensities of all images in the same way."
+                "percentile), as CT does; if it is CT, call it CT in `channels`, so that nnU-Net "
+                "normalises the intensities of all images in the same way."
             )
     orientations = Counter(case.orientation for case in cases)
     if len(orientations) > 1:
@@ -280,12 +282,12 @@ def warnings_of(cases: Sequence[Case], channels: Sequence[str] = ()) -> list[str
             f"{len(empty)} cases have a label file without any foreground, such as {empty[0]}; "
             "check that this is meant."
         )
-    sparse = [case.name for case in cases if case.sparse and case.split == "labelled"]
+    sparse = [case.name for case in cases if case.has_single_slices and case.split == "labelled"]
     if sparse:
         warnings.append(
-            f"{len(sparse)} labelled cases have a label on single slices only, such as "
-            f"{sparse[0]}: every slice without is taught as background; label all slices, or cut "
-            "the image to those that are."
+            f"{len(sparse)} labelled cases have a label on single slices, with none on the slices "
+            f"beside them, such as {sparse[0]}; check that no slice was left out, because what is "
+            "left out is taught as background."
         )
     unscored = [case.name for case in cases if case.split == "test" and case.volumes_ml is None]
     if unscored:
@@ -452,6 +454,11 @@ def run(arguments: argparse.Namespace) -> None:
     out_dir = arguments.out_dir
     cases = _known_or_examined(table, labels, out_dir / "work" / "found.json", jobs=arguments.jobs)
     refuse(problems_of(cases, labels), where=f"the data of {arguments.cases}")
+    if arguments.channels and len(arguments.channels) != len(cases[0].intensities):
+        raise InputError(
+            f"--channels names {len(arguments.channels)} channels, and the images have "
+            f"{len(cases[0].intensities)}; name each once."
+        )
     warnings = warnings_of(cases, arguments.channels)
     for warning in warnings:
         print(f"warning: {warning}")
@@ -581,18 +588,16 @@ def _add_volumes(
     found = {int(value): int(count) for value, count in counts}
     case.volumes_ml = {name: found.pop(value, 0) * voxel_ml for name, value in labels.items()}
     case.unknown_values = {value: path for value in found if value != 0}
-    case.sparse = any(map(_leaves_out_slices, (values.any(axis=each) for each in ACROSS)))
+    case.has_single_slices = any(
+        _are_mostly_single(values.any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))
+    )
 
 
-def _leaves_out_slices(is_on: np.ndarray) -> bool:
-    """Return whether of the slices from a label's first to its last fewer than half have it.
-
-    Or whether just one slice has it of ten or more in the image.
-    """
-    slices = np.flatnonzero(is_on)
-    if slices.size < 2:
-        return slices.size == 1 and is_on.size >= 10
-    return 2 * slices.size < slices[-1] - slices[0] + 1
+def _are_mostly_single(has_label: np.ndarray) -> bool:
+    """Return whether of two or more slices with a label most have no neighbour with it."""
+    beside = np.pad(has_label, 1)
+    single = has_label & ~beside[:-2] & ~beside[2:]
+    return has_label.sum() >= 2 and 2 * single.sum() > has_label.sum()
 
 
 def _tile(case: Case) -> str:

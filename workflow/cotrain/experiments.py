@@ -54,13 +54,15 @@ def experiments_of(content: dict, *, source: str) -> tuple[dict[str, Settings], 
             if column == NOT_A_SETTING or cell == "":
                 continue
             try:
-                # A name may look like a number.
-                value = cell if column == "experiment" else yaml.safe_load(cell)
+                value = yaml.safe_load(cell)
             except yaml.YAMLError:
                 raise InputError(
                     f"{table_path}, experiment {name}: `{column}` holds {cell!r}, which is not "
                     "YAML; write a number, a word or a list such as [8, 16]."
                 ) from None
+            # A name may look like a number.
+            if column == "experiment" and not isinstance(value, str):
+                value = cell.strip()
             changed = _with(changed, column.split("."), value)
         settings = check(changed, source=f"{table_path}, experiment {name}")
         # Folders of the same name are one folder on some file systems, whatever the case.

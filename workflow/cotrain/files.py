@@ -76,7 +76,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
     except UnicodeDecodeError as error:
         raise _no_table(path, error) from None
     # Not splitlines: a note pasted from a PDF may hold separators that are no line's end.
-    lines = [line for line in text.split("\n") if not line.startswith("#")]
+    lines = [line for line in text.split("\n") if line.strip() and not line.startswith("#")]
     if separator == "," and lines and ";" in lines[0] and "," not in lines[0]:
         # As spreadsheets write a CSV in countries where the comma is in numbers.
         separator = ";"

@@ -93,9 +93,9 @@ def with_splits(
     has_label = list(cases.loc[cases["label"] != "", "case"])
     unscored = sorted(set(test_names) - set(has_label))
     if unscored:
-        raise InputError(
-            f"{len(unscored)} test cases have no label and cannot be scored, first "
-            f"`{unscored[0]}`; correct the test list."
+        print(
+            f"WARNING: {len(unscored)} test cases have no label and cannot be scored, such as "
+            f"{unscored[0]}."
         )
     test_cases = set(test_names) | set(has_label[max(0, len(has_label) - test) :])
     labelled_cases = [case for case in has_label if case not in test_cases][:labelled]
@@ -266,8 +266,8 @@ def _nifti_files(folders: Iterable[str | Path]) -> dict[str, str]:
             )
     if not found:
         raise InputError(
-            f"No file ends in .nii.gz or .nii in {', '.join(map(str, folders))}; convert images "
-            "and masks to NIfTI, all in one folder each, or correct the path."
+            f"No file ends in .nii.gz or .nii in {', '.join(map(str, folders))}; convert the "
+            "files to NIfTI and put them into the folder itself, or correct the path."
         )
     return found
 

@@ -4,7 +4,7 @@ nnU-Net builds `TimmSegmentationNetwork` from a plans file: the configuration's
 `network_class_name` is `cotrain.networks.TimmSegmentationNetwork` and its `arch_kwargs` are the
 keyword-only arguments below. Pretrained weights are no business of the constructor: a network
 that is rebuilt for inference gets all its weights from its checkpoint, a network that starts
-training gets them through `load_pretrained_encoder`, or not at all.
+training gets them through `load_encoder`, or not at all.
 
 Known to work, because `tests/test_networks.py` holds each to the same contract:
 

@@ -547,10 +547,12 @@ def _sentence(problem: dict, model: type[Section]) -> str:
     if problem["type"] == "missing":
         return f"the setting `{key}` is missing; add it"
     if problem.get("ctx", {}).get("pattern") == NAME:
-        return f"`{key}` is {problem['input']!r}: write letters, digits, `_` and `-` without spaces"
+        wanted = "write letters, digits, `_` and `-`, a letter or digit first"
+        return f"`{key}` is {problem['input']!r}: {wanted}"
     if problem["loc"][-1:] == ("[key]",):
-        return f"`{key.split('.')[0]}` has the name {problem['input']!r}; write `name: value`"
-    if remedy := REMEDIES.get(problem["type"]):
+        section = ".".join(map(str, problem["loc"][:-2]))
+        return f"`{section}` has the name {problem['input']!r}; write `name: value`"
+    if key and (remedy := REMEDIES.get(problem["type"])):
         return f"`{key}` is {problem['input']!r}: {remedy}"
     message = problem["msg"].removeprefix("Value error, ")
     if not key or problem["type"] == "value_error":
@@ -561,7 +563,7 @@ def _sentence(problem: dict, model: type[Section]) -> str:
 
 
 REMEDIES = {
-    "tuple_type": "write a list, such as [1, 2]",
+    "tuple_type": "write a list, such as [a, b]",
     "dict_type": "write `name: value` for each",
     "model_type": "write its settings below it, indented, or remove the line",
     "string_type": "write a word, in quotes where it looks like a number",

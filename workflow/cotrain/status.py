@@ -515,7 +515,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the status; InputError with the known experiments where the name is not one."""
     results: Path = arguments.results
     # A shell completes its folder.
-    arguments.experiment = Path(arguments.experiment).name
+    if Path(arguments.experiment).parent == results:
+        arguments.experiment = Path(arguments.experiment).name
     folder = results / arguments.experiment
     known = sorted(path.name for path in results.glob("*/") if path.is_dir())
     if not known:

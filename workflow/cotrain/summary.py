@@ -452,14 +452,14 @@ def draw_dice_per_round(evaluations: Mapping[Trained, pd.DataFrame]) -> "Figure"
         return figure
     for arm, line, fill in ((CO_TRAINED, "-", "full"), (CONTROL, "--", "none")):
         for network, colour in NETWORK_COLOURS.items():
-            points = sorted(
+            places = sorted(
                 (key.round, 100 * cases["dice"].mean())
                 for key, cases in scored.items()
                 if (key.arm, key.network) == (arm, network)
             )
-            if points:
+            if places:
                 axes.plot(
-                    *zip(*points, strict=True),
+                    *zip(*places, strict=True),
                     line,
                     color=colour,
                     marker="o",

@@ -86,7 +86,7 @@ rule describe_data:
     threads: 1
     resources:
         mem_mb=memory(4000),
-        runtime=60,
+        runtime=240,
     params:
         data_folder=data_folder_of,
         labels=labels_of,
@@ -104,7 +104,7 @@ rule describe_data:
             --jobs {threads} \
             {params.transductive} \
             >{log:q} 2>&1
-        # Where people look while training begins.
+        # A log is not where people look while training begins.
         grep ^warning {log:q} >&2 || true
         """
 
