@@ -118,7 +118,7 @@ METHODS = [
     Method("3D, co-trained, before the last training", "own", "cotrain", "3d", back=1),
     *PRODUCTS,
     Method("3D, labels only, in the steps of labels first", "labels_first", "labels_only", "3d"),
-    Method("mean of both, likewise", "labels_first", "labels_only", "mean"),
+    Method("mean of both, labels only, in these steps", "labels_first", "labels_only", "mean"),
     Method("3D, co-trained, labels first", "labels_first", "cotrain", "3d"),
     Method("mean of both, co-trained, labels first", "labels_first", "cotrain", "mean"),
     BOUND,
