@@ -186,10 +186,19 @@ def test_a_command_that_ends_by_itself_says_so():
     assert json.loads(notice_of("heart").read_text())["ended"]
 
 
+@pytest.mark.parametrize(
+    ("handler", "expected"),
+    [
+        (signal.default_int_handler, signal.SIGINT),
+        # A process begun in the background hears no SIGINT.
+        (signal.SIG_IGN, signal.SIGTERM),
+    ],
+)
 def test_signs_of_life_leave_alone_when_the_command_began_and_end_it_for_who_came_after(
-    monkeypatch, capsys
+    monkeypatch, capsys, handler, expected
 ):
     monkeypatch.setattr("cotrain.workfolder.HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr("cotrain.takeover.signal.getsignal", lambda number: handler)
     sent = []
     monkeypatch.setattr("cotrain.takeover.os.kill", lambda *signal: sent.append(signal))
     signs = take_over({"heart": ["results/heart/model"]}, run="", say=print)
@@ -206,7 +215,7 @@ def test_signs_of_life_leave_alone_when_the_command_began_and_end_it_for_who_cam
         # Again, should it have looked just before and written just after.
         leave_notice("heart")
         time.sleep(0.02)
-    assert sent == [(os.getpid(), signal.SIGINT)]
+    assert sent == [(os.getpid(), expected)]
     assert "taken this one for dead; this one ends" in capsys.readouterr().out
     signs.end()
     assert json.loads(notice_of("heart").read_text())["host"] == "login1"
