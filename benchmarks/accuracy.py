@@ -56,6 +56,10 @@ class Method(NamedTuple):
     back: int = 0
 
 
+LABELS_FIRST = {
+    "cotraining.first_teacher": "both_labels_only",
+    "training_3d.warmup_epochs": "{epochs}",
+}
 EXPERIMENTS: dict[str, dict[str, str]] = {
     "own": {},
     "rounds_only": {"training_3d.epochs_per_round": "{spread}", "cotraining.last_epochs": "0"},
@@ -66,15 +70,8 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
         "training_3d.epochs_per_round": "{after_warmup}",
     },
     "one_way": {"cotraining.teacher": "2d"},
-    "self": {
-        "cotraining.teacher": "self",
-        "cotraining.first_teacher": "both_labels_only",
-        "training_3d.warmup_epochs": "{epochs}",
-    },
-    "labels_first": {
-        "cotraining.first_teacher": "both_labels_only",
-        "training_3d.warmup_epochs": "{epochs}",
-    },
+    "self": {"cotraining.teacher": "self", **LABELS_FIRST},
+    "labels_first": LABELS_FIRST,
     "random_2d": {"network_2d.weights": "random"},
     "long_3d": {"training_3d.epochs_per_round": "{long}", "cotraining.last_epochs": "0"},
     "full": {},

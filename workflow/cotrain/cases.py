@@ -174,20 +174,15 @@ def _check_images_and_labels(cases: pd.DataFrame, table: Path) -> None:
         lambda row: "a labelled case has no label; give its path or make the case unlabelled",
     )
 
-    def not_nifti(paths: str) -> bool:
-        return not all(path.endswith(SUFFIXES) for path in paths.split(";"))
-
-    def first_of_another_kind(row: pd.Series) -> str:
-        paths = row["image"].split(";") + (row["label"].split(";") if row["label"] else [])
-        return next(path for path in paths if not path.endswith(SUFFIXES))
-
+    paths = cases["image"] + cases["label"].map(lambda label: f";{label}" if label else "")
+    others = paths.map(
+        lambda joined: [path for path in joined.split(";") if not path.endswith(SUFFIXES)]
+    )
     _refuse(
-        cases[
-            cases["image"].map(not_nifti) | (cases["label"].map(not_nifti) & cases["label"].ne(""))
-        ],
+        cases[others.map(len) > 0],
         table,
         lambda row: (
-            f"the path `{first_of_another_kind(row)}` does not end in .nii.gz or .nii; convert the "
+            f"the path `{others[row.name][0]}` does not end in .nii.gz or .nii; convert the "
             "file to NIfTI, mend the path, or remove a `;` that is too many"
         ),
     )

@@ -76,7 +76,7 @@ def text_of(table: pd.DataFrame) -> str:
     named = [(column, words) for column, words in named if column in table]
     rows = [["experiment", "group", *(words for _, words in named)]]
     for row in table.to_dict("records"):
-        cells = [f"{100 * row[column]:.1f}" for column, _ in named]
+        cells = [points(row[column]) for column, _ in named]
         rows.append([row["experiment"], row["group"], *cells])
     parts = ["Dice of the test cases in %, last round\n\n" + aligned(rows)]
     means = [["group", "experiments", *(words for _, words in named)]]

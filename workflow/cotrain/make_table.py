@@ -16,7 +16,7 @@ from cotrain.cases import COLUMNS, SPLITS, SUFFIXES, read_cases
 from cotrain.errors import InputError
 from cotrain.files import write_table
 
-WORDS_OF_MASKS = ("seg", "mask", "label", "segmentation", "gt")
+OF_A_MASK = re.compile(r"[._-](seg|mask|label|segmentation|gt)$", re.IGNORECASE)
 """What follows the case in the name of a mask that lies among the images."""
 
 
@@ -206,12 +206,11 @@ def run(arguments: argparse.Namespace) -> None:
             "written. A case is named as its files are. Where all images have labels, say with "
             "--labelled and --test how many to use, or with --test-list which to test.)"
         ) from None
+    names = set(checked["case"])
     strays = [
         (name, other)
         for name in checked["case"]
-        for word in WORDS_OF_MASKS
-        if (other := re.sub(rf"[._-]{word}$", "", name, flags=re.IGNORECASE)) != name
-        and other in set(checked["case"])
+        if (other := OF_A_MASK.sub("", name)) != name and other in names
     ]
     if strays:
         print(

@@ -5,14 +5,14 @@ import json
 
 from pydantic_core import PydanticUndefined
 
-from cotrain.settings import Section, Settings
+from cotrain.settings import Section, Settings, is_section
 
 
 def settings_table(model: type[Section] = Settings, prefix: str = "") -> list[str]:
     """Return one Markdown table row a setting: its full key, default and description."""
     rows = []
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+        if is_section(field.annotation):
             rows += settings_table(field.annotation, f"{prefix}{name}.")
             continue
         default = "required" if field.default is PydanticUndefined else f"`{_plain(field.default)}`"

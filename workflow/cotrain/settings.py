@@ -572,14 +572,17 @@ REMEDIES = {
 """What to write in place of a value of another type; pydantic's words are those of Python."""
 
 
+def is_section(annotation: object) -> bool:
+    """Return whether a field of such a type holds settings of its own."""
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
 def _sections_with(name: str, model: type[Section]) -> list[str]:
     """Return the full keys of the settings called `name` in the sections of a model."""
     return [
         f"{section}.{name}"
         for section, field in model.model_fields.items()
-        if isinstance(field.annotation, type)
-        and issubclass(field.annotation, Section)
-        and name in field.annotation.model_fields
+        if is_section(field.annotation) and name in field.annotation.model_fields
     ]
 
 

@@ -232,10 +232,7 @@ def seconds_per_stage(folder: Path, *, benchmarks: Path) -> dict[str, tuple[int,
 
 def status_text(folder: Path, *, benchmarks: Path, logs: Path, now: float) -> str:
     """Return the status of the experiment whose results are in `folder`."""
-    cases = {split: _rows_of(folder / f"cases/{split}.tsv") for split in SPLITS}
-    tested = folder / "cases/test.tsv"
-    if tested.is_file() and (read_table(tested)["label"] == "").all():
-        cases["test"] = 0  # Without labels nothing is scored, and no masks of them are made.
+    cases = {split: _cases_in(folder / f"cases/{split}.tsv") for split in SPLITS}
     rounds = sorted(folder.glob("*/round-[0-9]*"), key=_running_order)
     command, outdated_before = _last_command(folder)
     states = {
@@ -374,8 +371,13 @@ def _judged_in(audit: Path, folder: Path) -> list[str]:
     return lines + [f"  {place}: {LOST.format(name)}" for name in labels_lost(table)]
 
 
-def _rows_of(table: Path) -> int | None:
-    return len(read_table(table)) if table.is_file() else None
+def _cases_in(table: Path) -> int | None:
+    """Return of how many cases of a split masks are made; None where its list is not written."""
+    if not table.is_file():
+        return None
+    rows = read_table(table)
+    # Test cases without a label anywhere are not scored, and left alone.
+    return 0 if table.stem == "test" and (rows["label"] == "").all() else len(rows)
 
 
 def _running_order(round_folder: Path) -> tuple[bool, str]:
@@ -427,8 +429,7 @@ def _cotraining_of(folder: Path) -> dict:
 
 def _dice_of(evaluation: Path) -> dict[Trained, float]:
     """Return the mean test Dice (0..1) of everything that was evaluated on at least one case."""
-    # Not the hidden file of a table that is being written.
-    scored = read_evaluations(sorted(evaluation.glob("[!.]*_round-*.tsv")))
+    scored = read_evaluations(_whole_files(evaluation, "*_round-*.tsv"))
     return {key: cases["dice"].mean() for key, cases in scored.items() if not cases.empty}
 
 
