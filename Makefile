@@ -39,7 +39,8 @@ bench-accuracy: $(VENV)/ready
 	$(RUN) python benchmarks/accuracy.py report
 
 schema: $(VENV)/ready
-	$(BIN)/cotrain schema > config/schema.json
+	$(BIN)/cotrain schema > config/schema.json.new
+	mv config/schema.json.new config/schema.json
 	sed -i "/^| setting/,\$$d" config/README.md
 	$(BIN)/cotrain schema --table >> config/README.md
 
