@@ -72,6 +72,12 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     "one_way": {"cotraining.teacher": "2d"},
     "self": {"cotraining.teacher": "self", **LABELS_FIRST},
     "labels_first": LABELS_FIRST,
+    "labels_first_short": {
+        **LABELS_FIRST,
+        "training_3d.warmup_epochs": "{short_first}",
+        "training_3d.epochs_per_round": "{short_round}",
+        "cotraining.last_epochs": "{short_last}",
+    },
     "random_2d": {"network_2d.weights": "random"},
     "long_3d": {"training_3d.epochs_per_round": "{long}", "cotraining.last_epochs": "0"},
     "full": {},
@@ -79,7 +85,8 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
 """Settings in which an experiment differs from the configuration file. The 3D network has as many
 epochs in all of them but three: `long_3d` gets the time of everything that co-training computes,
 `self`, whose teacher is the network on labels alone after all its epochs, about as much, and
-`labels_first` the epochs of `self`, with 2D beside it: more time than all others."""
+`labels_first` the epochs of `self`, with 2D beside it: more time than all others. In as many
+epochs as the others its order is `labels_first_short`."""
 PEERS = {"mean_teacher": 0.94, "cross_pseudo": 0.48}
 """Peers trained by benchmarks/peers.py, and their 3D epochs as a share of long_3d's: what its time
 allows, with the teacher's or the second network's work in each step."""
@@ -92,6 +99,8 @@ BAR = [
     Method("3D, labels only, equal time", "long_3d", "labels_only", "3d"),
     MEAN_OF_LABELS,
     Method("mean of both, labels only, 3D for equal time", "long_3d", "labels_only", "mean"),
+    Method("3D, labels only, in the epochs of labels first", "labels_first", "labels_only", "3d"),
+    Method("mean of both, labels only, in these epochs", "labels_first", "labels_only", "mean"),
     Method("3D teaches itself", "self", "cotrain", "3d"),
     Method("3D, mean teacher", "mean_teacher", "cotrain", "3d"),
     Method("3D, cross pseudo supervision with another 3D", "cross_pseudo", "cotrain", "3d"),
@@ -100,6 +109,8 @@ BAR = [
     Method("3D, recipe: paper", "paper", "cotrain", "3d"),
     Method("mean of both, recipe: paper", "paper", "cotrain", "mean"),
     Method("3D, co-trained in rounds only", "rounds_only", "cotrain", "3d"),
+    Method("3D, labels first, in ours' epochs", "labels_first_short", "cotrain", "3d"),
+    Method("mean of both, labels first, in ours' epochs", "labels_first_short", "cotrain", "mean"),
 ]
 """What the products must be above, to be worth their while: labels alone, and other ways to use the
 same unlabelled cases."""
@@ -108,16 +119,18 @@ PRODUCTS = [
     Method("mean of both, co-trained", "own", "cotrain", "mean"),
 ]
 """What a run ends with: the exported 3D network, and the mean that `cotrain predict` takes."""
+LONGER = [
+    Method("3D, co-trained, labels first", "labels_first", "cotrain", "3d"),
+    Method("mean of both, co-trained, labels first", "labels_first", "cotrain", "mean"),
+]
+"""The same after a longer training: what `config/gpu.yaml` follows."""
 METHODS = [
     Method("2D, random weights, labels only", "random_2d", "labels_only", "2d"),
     *BAR,
     Method("2D, co-trained", "own", "cotrain", "2d"),
     Method("3D, co-trained, before the last training", "own", "cotrain", "3d", back=1),
     *PRODUCTS,
-    Method("3D, labels only, in the steps of labels first", "labels_first", "labels_only", "3d"),
-    Method("mean of both, labels only, in these steps", "labels_first", "labels_only", "mean"),
-    Method("3D, co-trained, labels first", "labels_first", "cotrain", "3d"),
-    Method("mean of both, co-trained, labels first", "labels_first", "cotrain", "mean"),
+    *LONGER,
     BOUND,
 ]
 
@@ -213,6 +226,12 @@ def experiments_of(
         "after_warmup": round((epochs - own.training_3d.epochs_per_round) / (own.rounds - 1)),
         "long": round(epochs / DATA[data].share_of_3d / own.rounds),
     }
+    # All phases of `labels_first` shorter by the same factor.
+    shorter = epochs / (2 * epochs - own.training_3d.epochs_per_round)
+    short_round = round(shorter * own.training_3d.epochs_per_round)
+    short_last = round(shorter * own.cotraining.last_epochs)
+    short_first = epochs - (own.rounds - 1) * short_round - short_last
+    numbers |= {"short_round": short_round, "short_last": short_last, "short_first": short_first}
     cases = read_table(CLONE / DATA[data].cases)
     rows, names = {}, {}
     for labelled, block in sets:
@@ -544,16 +563,21 @@ def table_of(standings: list[Standing]) -> list[str]:
     return lines
 
 
+def bar_for(product: Method) -> list[Method]:
+    """Return what a product must be above: after longer training, the shorter one, too."""
+    return [*BAR, *PRODUCTS] if product in LONGER else BAR
+
+
 def answer_of(standings: list[Standing]) -> list[str]:
     """Return the lines of a short Markdown table: how far the products are above each method."""
     named = {standing.method: standing for standing in standings}
-    products = [named[method] for method in PRODUCTS if method in named]
+    products = [named[method] for method in [*PRODUCTS, *LONGER] if method in named]
     above = "".join(f" {product.method.words}, is above it by |" for product in products)
     lines = [f"| method | sets | Dice % | minutes |{above}", "|---" * (4 + len(products)) + "|"]
     for standing in standings:
-        is_product = standing.method in PRODUCTS
+        is_product = standing.method in [*PRODUCTS, *LONGER]
         gains = [
-            _gain(product.dice, standing.dice) if standing.method in BAR else ""
+            _gain(product.dice, standing.dice) if standing.method in bar_for(product.method) else ""
             for product in products
         ]
         words = f"**{standing.method.words}**" if is_product else standing.method.words
@@ -574,8 +598,8 @@ def bar_of(standings: list[Standing], *, chosen_on: tuple[int, ...]) -> list[str
         "| worst case, points |",
         "|---|---|---|---|---|---|",
     ]
-    for product in (named[method] for method in PRODUCTS if method in named):
-        for other in (named[method] for method in BAR if method in named):
+    for product in (named[method] for method in [*PRODUCTS, *LONGER] if method in named):
+        for other in (named[method] for method in bar_for(product.method) if method in named):
             sets = product.sets.index.intersection(other.sets.index)
             if sets.empty:
                 continue
@@ -685,8 +709,10 @@ def draw(standings: dict[str, list[Standing]], path: Path) -> None:
 
     columns = min(2, len(standings))
     rows = -(-len(standings) // columns)
-    figure = Figure(figsize=(7 * columns, 4.6 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    lines = [len(panel) for panel in standings.values()]
+    heights = [0.3 * max(lines[columns * row : columns * (row + 1)]) + 1.2 for row in range(rows)]
+    figure = Figure(figsize=(7 * columns, sum(heights)), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, height_ratios=heights).flatten()
     for unused in grid[len(standings) :]:
         unused.set_axis_off()
     for axes, (title, panel) in zip(grid, standings.items(), strict=False):
