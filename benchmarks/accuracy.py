@@ -124,13 +124,13 @@ LONGER = [
     Method("mean of both, co-trained, labels first", "labels_first", "cotrain", "mean"),
 ]
 """The same after a longer training: what `config/gpu.yaml` follows."""
+ALL_PRODUCTS = [*PRODUCTS, *LONGER]
 METHODS = [
     Method("2D, random weights, labels only", "random_2d", "labels_only", "2d"),
     *BAR,
     Method("2D, co-trained", "own", "cotrain", "2d"),
     Method("3D, co-trained, before the last training", "own", "cotrain", "3d", back=1),
-    *PRODUCTS,
-    *LONGER,
+    *ALL_PRODUCTS,
     BOUND,
 ]
 
@@ -571,11 +571,11 @@ def bar_for(product: Method) -> list[Method]:
 def answer_of(standings: list[Standing]) -> list[str]:
     """Return the lines of a short Markdown table: how far the products are above each method."""
     named = {standing.method: standing for standing in standings}
-    products = [named[method] for method in [*PRODUCTS, *LONGER] if method in named]
+    products = [named[method] for method in ALL_PRODUCTS if method in named]
     above = "".join(f" {product.method.words}, is above it by |" for product in products)
     lines = [f"| method | sets | Dice % | minutes |{above}", "|---" * (4 + len(products)) + "|"]
     for standing in standings:
-        is_product = standing.method in [*PRODUCTS, *LONGER]
+        is_product = standing.method in ALL_PRODUCTS
         gains = [
             _gain(product.dice, standing.dice) if standing.method in bar_for(product.method) else ""
             for product in products
@@ -598,7 +598,7 @@ def bar_of(standings: list[Standing], *, chosen_on: tuple[int, ...]) -> list[str
         "| worst case, points |",
         "|---|---|---|---|---|---|",
     ]
-    for product in (named[method] for method in [*PRODUCTS, *LONGER] if method in named):
+    for product in (named[method] for method in ALL_PRODUCTS if method in named):
         for other in (named[method] for method in bar_for(product.method) if method in named):
             sets = product.sets.index.intersection(other.sets.index)
             if sets.empty:
