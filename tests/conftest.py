@@ -85,6 +85,14 @@ OTHER_NETWORKS_3D = {
         },
         0.01,
     ),
+    "plain_unet": (
+        {
+            "architecture": f"{MONAI_NETWORKS}:PlainUNet3D",
+            "arguments": {"features": [8, 8, 16, 16, 16, 8]},
+            "patch_size": [16, 16, 32],
+        },
+        0.01,
+    ),
 }
 
 

@@ -172,8 +172,23 @@ def test_a_network_file_changed_beside_the_plans_is_refused(replaced, tmp_path):
         make_importable(tmp_path / "plans", plans)
 
 
+@pytest.mark.parametrize("size", ["M", "L", "XL"])
+def test_nnunets_residual_presets_plan_their_own_network(tiny, size, tmp_path):
+    stage = tiny.settings.stages()["plan"]
+    network_3d = Network3D(planner=f"nnUNetPlannerResEnc{size}")
+    plan(
+        stage.model_copy(update={"network_3d": network_3d}),
+        tiny.rows("labelled"),
+        tmp_path / "planned",
+        jobs=1,
+    )
+    planned = Planned.read(tmp_path / "planned")
+    assert planned.plans["experiment_planner_used"] == f"nnUNetPlannerResEnc{size}"
+    architecture = planned.configuration("3d").network_arch_class_name
+    assert architecture.endswith("ResidualEncoderUNet")
+
+
 def test_a_planner_that_nnunet_does_not_have_is_refused():
-    check_planner("nnUNetPlannerResEncM")
     with pytest.raises(InputError, match="planner is nnUNetPlannerResEncH, which this nnU-Net"):
         check_planner("nnUNetPlannerResEncH")
 

@@ -28,18 +28,19 @@ NETWORKS = [
     "2d lora",
     "2d frozen",
     "2d pyramid",
-    "2d vit",
+    "2d dinov3",
     "3d plain",
     "3d resenc",
     "3d segresnet",
     "3d swinunetr",
+    "3d plain_unet",
 ]
 ENCODERS = {
     "full": {"adaptation": "full"},
     "lora": {"adaptation": "lora"},
     "frozen": {"adaptation": "frozen"},
     "pyramid": {"encoder": "pvt_v2_b0", "adaptation": "lora", "adjacent_slices": 1},
-    "vit": {"encoder": "vit_tiny_patch16_224", "decoder": "DPT", "adaptation": "lora"},
+    "dinov3": {"encoder": "vit_small_patch16_dinov3", "decoder": "DPT", "adaptation": "lora"},
 }
 STOCK_PREDICTION = """
 import sys
