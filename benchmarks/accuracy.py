@@ -44,6 +44,8 @@ STORED = CLONE / "benchmarks" / "accuracy.tsv"
 STORED_MASKS = CLONE / "benchmarks" / "accuracy_masks.tsv"
 KEY = ["data", "labelled", "set", "experiment"]
 SCORES = ("dice", "jaccard", "hd95_mm", "asd_mm")
+ESTIMATES = ("confidence", "agreement")
+"""What is known of a pseudo-mask without truth."""
 
 
 class Method(NamedTuple):
@@ -80,13 +82,14 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     },
     "random_2d": {"network_2d.weights": "random"},
     "long_3d": {"training_3d.epochs_per_round": "{long}", "cotraining.last_epochs": "0"},
+    "longer_3d": {"training_3d.epochs_per_round": "{longer}", "cotraining.last_epochs": "0"},
     "full": {},
 }
 """Settings in which an experiment differs from the configuration file. The 3D network has as many
-epochs in all of them but three: `long_3d` gets the time of everything that co-training computes,
-`self`, whose teacher is the network on labels alone after all its epochs, about as much, and
-`labels_first` the epochs of `self`, with 2D beside it: more time than all others. In as many
-epochs as the others its order is `labels_first_short`."""
+epochs in all of them but four: `long_3d` gets the time of everything that co-training computes,
+`self`, whose teacher is the network on labels alone after all its epochs, about as much,
+`labels_first` the epochs of `self`, with 2D beside it, and `longer_3d` the time of all that. In as
+many epochs as the others the order of `labels_first` is `labels_first_short`."""
 PEERS = {"mean_teacher": 0.94, "cross_pseudo": 0.48}
 """Peers trained by benchmarks/peers.py, and their 3D epochs as a share of long_3d's: what its time
 allows, with the teacher's or the second network's work in each step."""
@@ -101,6 +104,7 @@ BAR = [
     Method("mean of both, labels only, 3D for equal time", "long_3d", "labels_only", "mean"),
     Method("3D, labels only, in the epochs of labels first", "labels_first", "labels_only", "3d"),
     Method("mean of both, labels only, in these epochs", "labels_first", "labels_only", "mean"),
+    Method("3D, labels only, in the time of labels first", "longer_3d", "labels_only", "3d"),
     Method("3D teaches itself", "self", "cotrain", "3d"),
     Method("3D, mean teacher", "mean_teacher", "cotrain", "3d"),
     Method("3D, cross pseudo supervision with another 3D", "cross_pseudo", "cotrain", "3d"),
@@ -226,8 +230,12 @@ def experiments_of(
         "after_warmup": round((epochs - own.training_3d.epochs_per_round) / (own.rounds - 1)),
         "long": round(epochs / DATA[data].share_of_3d / own.rounds),
     }
+    # Its first round is no longer 3D's first one.
+    epochs_of_labels_first = 2 * epochs - own.training_3d.epochs_per_round
+    more = epochs_of_labels_first - epochs
+    numbers["longer"] = round((epochs / DATA[data].share_of_3d + more) / own.rounds)
     # All phases of `labels_first` shorter by the same factor.
-    shorter = epochs / (2 * epochs - own.training_3d.epochs_per_round)
+    shorter = epochs / epochs_of_labels_first
     short_round = round(shorter * own.training_3d.epochs_per_round)
     short_last = round(shorter * own.cotraining.last_epochs)
     short_first = epochs - (own.rounds - 1) * short_round - short_last
@@ -428,9 +436,12 @@ def store(
 
 
 def mask_qualities(settings: Settings) -> list[dict[str, str]]:
-    """Return the mean true Dice of each set of pseudo-masks, beside their confidence.
+    """Return the mean true Dice of each set of pseudo-masks, beside what is known without truth.
 
     A row says which masks: those that a network made (`of 2d`), or those that taught it (`for 2d`).
+    Without truth their confidence is known and, of those that a network made, the agreement: their
+    Dice with the other network's of the same round. `tells` is Spearman's rank correlation of
+    either with the true Dice over cases: whether it finds the bad masks.
     """
     results = CLONE / "results" / settings.experiment
     rows = []
@@ -440,26 +451,42 @@ def mask_qualities(settings: Settings) -> list[dict[str, str]]:
     truths = read_table(results / "cases" / "unlabelled.tsv").set_index("case")["label"]
     for manifest in sorted(results.glob("cotrain/round-*/pseudo_*/manifest-0.tsv")):
         made = read_table(manifest)
-        made["true_dice"] = [
-            true_dice(
-                read_labels(manifest.parent / mask)[0],
-                read_labels(truths[case])[0],
-                settings.labels,
-            )
-            for case, mask in zip(made["case"], made["mask"], strict=True)
-        ]
+        network = manifest.parent.name.removeprefix("pseudo_")
+        other = manifest.parents[1] / f"pseudo_{'3d' if network == '2d' else '2d'}" / manifest.name
+        theirs = read_table(other).set_index("case")["mask"] if other.is_file() else None
+        for index, case, mask in made[["case", "mask"]].itertuples():
+            label_map = read_labels(manifest.parent / mask)[0]
+            against = {"true_dice": truths[case]}
+            if theirs is not None:
+                against["agreement"] = other.parent / theirs[case]
+            for name, path in against.items():
+                dice = true_dice(label_map, read_labels(path)[0], settings.labels)
+                made.loc[index, name] = dice
         rows.append((manifest.parts[-3], manifest.parts[-2].replace("pseudo_", "of "), made))
     return [
-        {
-            "round": str(int(round_[-2:])),
-            "masks": masks,
-            **{
-                name: f"{pd.to_numeric(table[name]).mean():.5f}"
-                for name in ("true_dice", "confidence")
-            },
-        }
+        {"round": str(int(round_[-2:])), "masks": masks, **qualities_of(table)}
         for round_, masks, table in rows
     ]
+
+
+def qualities_of(table: pd.DataFrame) -> dict[str, str]:
+    """Return the means over the cases of a mask set, and what tells its good masks from its bad.
+
+    table: `true_dice`, `confidence` and, where there is another network's, `agreement`.
+    """
+    numbers = {
+        name: pd.to_numeric(table[name]) if name in table else None
+        for name in ("true_dice", *ESTIMATES)
+    }
+    row = {name: "" if each is None else f"{each.mean():.5f}" for name, each in numbers.items()}
+    for name in ESTIMATES:
+        both = numbers[name], numbers["true_dice"]
+        # Of equal ones there is no order to tell.
+        is_ordered = all(each is not None and each.nunique() > 1 for each in both)
+        row[f"{name}_tells"] = (
+            f"{both[0].corr(both[1], method='spearman'):.3f}" if is_ordered else ""
+        )
+    return row
 
 
 def minutes_of(results: Path, method: Method, *, last: int) -> float:
@@ -690,17 +717,24 @@ def _gap(standing: Standing, baseline: Standing | None, bound: Standing | None) 
 def masks_table(stored: pd.DataFrame) -> list[str]:
     """Return the lines of a Markdown table: true Dice of the pseudo-masks, round by round."""
     lines = [
-        "| experiment | round | masks | sets | true Dice % | confidence % |",
-        "|---|---|---|---|---|---|",
+        "| experiment | round | masks | sets | true Dice % | confidence % | agreement % "
+        "| confidence tells | agreement tells |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for (experiment, round_, masks), rows in stored.groupby(["experiment", "round", "masks"]):
-        dice, confidence = 100 * rows["true_dice"], 100 * rows["confidence"]
-        lines.append(
-            f"| {experiment} | {round_} | {masks.replace('d', 'D')} "
-            f"| {' '.join(map(str, rows['set']))} | {mean_and_sd(dice)} "
-            f"| {mean_and_sd(confidence)} |"
-        )
+        cells = [experiment, round_, masks.replace("d", "D"), " ".join(map(str, rows["set"]))]
+        for name in ("true_dice", *ESTIMATES):
+            cells.append(_mean_of_stored(100 * rows[name], digits=1))
+        for name in ESTIMATES:
+            cells.append(_mean_of_stored(rows[f"{name}_tells"], digits=2))
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
+
+
+def _mean_of_stored(values: pd.Series, *, digits: int) -> str:
+    """Return mean and sd of what is stored; nothing where nothing is."""
+    values = values.dropna()
+    return "" if values.empty else mean_and_sd(values, digits=digits)
 
 
 def draw(standings: dict[str, list[Standing]], path: Path) -> None:
@@ -738,7 +772,8 @@ def report(arguments: argparse.Namespace) -> None:
     numbers = [*SCORES, "minutes", "set", "back"]
     stored[numbers] = stored[numbers].apply(pd.to_numeric)
     masks = read_table(STORED_MASKS)
-    of_masks = ["true_dice", "confidence", "set", "round"]
+    tells = [f"{name}_tells" for name in ESTIMATES]
+    of_masks = ["true_dice", *ESTIMATES, *tells, "set", "round"]
     masks[of_masks] = masks[of_masks].apply(pd.to_numeric)
     parts, panels, blocks = [], {}, {}
     is_bound = stored["experiment"] == BOUND.experiment
@@ -763,7 +798,8 @@ def report(arguments: argparse.Namespace) -> None:
             parts += [f"## {title}", "", *table_of(standings), "", *bar, ""]
             parts += [
                 "Pseudo-masks *of* each network, and those it was taught by (*for*), unlabelled "
-                "cases:",
+                "cases. Agreement: Dice between both networks' masks; *tells*: rank correlation "
+                "with the true Dice over cases. Both are of newer runs alone:",
                 "",
                 *masks_table(of_these),
                 "",
