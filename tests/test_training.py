@@ -162,6 +162,8 @@ def told(tmp_path) -> Namespace:
         (tmp_path / split / "manifest-0.tsv").write_text(MANIFEST + rows)
     (tmp_path / "audit.tsv").write_text("case\tsoft_sha256\taccepted\treason\nc\t444\ttrue\t\n")
     return Namespace(
+        network="2d",
+        round=1,
         settings=tmp_path / "s.yaml",
         preprocessed=tmp_path,
         labelled=tmp_path / "labelled.tsv",
@@ -211,6 +213,30 @@ def test_other_settings_cases_arrays_or_masks_train_again(told, tmp_path, file, 
     assert old in text
     (tmp_path / file).write_text(text.replace(old, new))
     assert learnt(told) != before
+
+
+@pytest.mark.parametrize(
+    ("read_by", "old", "new"),
+    [
+        ("taught control", "epochs_per_round: 50", "epochs_per_round: 30"),
+        ("taught", "teacher: mean", "teacher: other"),
+        ("taught control", "learning_rate_restart: 0.5", "learning_rate_restart: 1.0"),
+        ("taught control labels", "ema_decay: 0.99", "ema_decay: 0.9"),
+        ("taught control labels", "warmup_epochs: 100", "warmup_epochs: 80"),
+    ],
+)
+@pytest.mark.parametrize("training", ["taught", "control", "labels"])
+def test_a_training_is_kept_where_a_setting_changed_that_it_does_not_read(
+    told, read_by, old, new, training
+):
+    # All of round 01 but the phase on labels alone, which is round 00 of 2D.
+    told.round = 0 if training == "labels" else 1
+    told.audit = told.audit if training == "taught" else None
+    before = learnt(told)
+    text = told.settings.read_text()
+    assert old in text
+    told.settings.write_text(text.replace(old, new))
+    assert (learnt(told) != before) == (training in read_by.split())
 
 
 def test_a_training_that_nobody_teaches_does_not_depend_on_unlabelled_cases(told, tmp_path):

@@ -447,12 +447,13 @@ class InferStage(Section):
     compute: Compute
 
 
-def learnt_of(stage: Section) -> str:
+def learnt_of(stage: Section, *, unread: dict[str, set[str]] | None = None) -> str:
     """Return a hash of all settings of a stage but the device, of which `auto` may be either.
 
-    What is unfinished is told by the device that it was begun on.
+    What is unfinished is told by the device that it was begun on. unread: section → settings that
+    the step does not read, and that are left out.
     """
-    content = stage.model_dump(mode="json")
+    content = stage.model_dump(mode="json", exclude=unread)
     content.get("compute", {}).pop("device", None)
     return hashlib.sha256(yaml.safe_dump(content).encode()).hexdigest()
 

@@ -34,7 +34,7 @@ from cotrain.losses import DiceAndSoftCrossEntropy
 from cotrain.nnunet import Planned, arrays_in, arrays_of
 from cotrain.provenance import keep_provenance
 from cotrain.schedule import Schedule, Window
-from cotrain.settings import TrainStage, learnt_of, load
+from cotrain.settings import Cotraining, TrainStage, learnt_of, load
 from cotrain.shards import manifests_of
 from cotrain.team import Place, team
 from cotrain.workfolder import WorkFolder
@@ -456,13 +456,26 @@ def inputs_of(arguments: argparse.Namespace) -> list[Path]:
     return [*(path for path in given if path is not None), *manifests]
 
 
+def unread_by(arguments: argparse.Namespace, stage: TrainStage) -> dict[str, set[str]]:
+    """Return the settings, by section, that a training's epochs do not depend on.
+
+    So that other rounds can be asked for without losing the epochs on labels alone, which may be
+    most of all.
+    """
+    schedule = Schedule(arguments.network, stage.training, stage.cotraining, stage.last_round)
+    if schedule.window(arguments.round).phase == "labels":
+        cotraining = set(Cotraining.model_fields) - {"ema_decay"}
+        return {"training": {"epochs_per_round"}, "cotraining": cotraining}
+    return {"cotraining": {"teacher", "sampling"}} if arguments.audit is None else {}
+
+
 def learnt_by(arguments: argparse.Namespace, stage: TrainStage) -> dict[str, str]:
     """Return hashes of all that a training learns from: a change discards its finished epochs.
 
     Not of where the data lie, who judged a mask, or how many jobs preprocessed the cases: what only
     tells of the same things in another way must not train again.
     """
-    learnt = {"settings": learnt_of(stage)}
+    learnt = {"settings": learnt_of(stage, unread=unread_by(arguments, stage))}
     for name in ("previous", "encoder_weights"):
         if (path := getattr(arguments, name)) is not None:
             learnt[name] = sha256_of(path)
