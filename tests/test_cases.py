@@ -349,6 +349,20 @@ def test_a_cell_may_hold_a_separator_that_is_no_end_of_a_line(tmp_path):
     assert read_table(path)["note"].tolist() == ["first\u2028second\x85third", ""]
 
 
+def test_a_quotation_mark_that_swallows_a_row_is_refused(tmp_path):
+    path = tmp_path / "review.tsv"
+    path.write_text('case\tverdict\tnote\nzero\taccept\t\none\texclude\t"off\ntwo\texclude\t"x"\n')
+    with pytest.raises(InputError, match=r"review\.tsv, row 2: a cell goes on in the next line"):
+        read_table(path)
+
+
+def test_make_table_refuses_a_name_that_a_table_would_take_for_a_comment(tmp_path):
+    touch(tmp_path / "images", "#1", "b")
+    touch(tmp_path / "labels", "b")
+    with pytest.raises(InputError, match=r"#1\.nii\.gz begins with #, as a comment does"):
+        make(tmp_path)
+
+
 def test_make_table_says_what_it_leaves_out_and_what_looks_like_a_mask(tmp_path, capsys):
     touch(tmp_path / "images", "a", "b", "b_mask")
     (tmp_path / "images/c.nrrd").touch()

@@ -14,6 +14,7 @@ from cotrain.device import (
     devices_of,
     is_bf16_faster,
     precision_of,
+    telling_what_takes_less,
 )
 from cotrain.errors import InputError
 from cotrain.settings import Compute
@@ -141,6 +142,30 @@ def test_a_gpu_that_torch_was_not_built_for_is_refused_with_its_name(monkeypatch
         match=r"sees Tesla V100 on .* \(CUDA error: no kernel image is available\); take",
     ):
         check_computes(torch.device("cuda", 0))
+
+
+def out_of_memory(*size, device=None):
+    raise torch.cuda.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB ..."
+    )
+
+
+def test_a_gpu_that_another_process_fills_is_told(monkeypatch):
+    monkeypatch.setattr(torch, "ones", out_of_memory)
+    with pytest.raises(InputError, match=r"is full before this step has begun.*end that one"):
+        check_computes(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(
+    ("network", "less"), [("2d", r"network_2d\.batch_size"), ("3d", r"network_3d\.gpu_memory_gb")]
+)
+def test_a_network_that_does_not_fit_is_told_with_what_takes_less(network, less):
+    found = r"\(CUDA out of memory\. Tried to allocate 2\.00 GiB\)"
+    with (
+        pytest.raises(InputError, match=rf"The {network} network does not fit .* {found}.* {less}"),
+        telling_what_takes_less(network),
+    ):
+        out_of_memory()
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])

@@ -533,6 +533,19 @@ def test_images_in_an_orientation_that_was_not_learnt_are_warned_of(tiny, tmp_pa
         assert "WARNING" not in capsys.readouterr().out
 
 
+def test_an_image_in_another_unit_is_refused_before_any_is_predicted(tiny, tmp_path):
+    for number, row in enumerate(tiny.rows("unlabelled")):
+        image = nibabel.load(row["image"])
+        affine = image.affine @ np.diag([0.001, 0.001, 0.001, 1]) if number == 1 else image.affine
+        nibabel.save(nibabel.Nifti1Image(image.get_fdata(), affine), tmp_path / f"c{number}.nii.gz")
+    arguments = Namespace(images=[tmp_path], channel_suffix=[], threads=1)
+    planned = Planned.read(tiny.preprocessed)
+    with pytest.raises(InputError, match=r"case c1: the image has .* so that nothing is left"):
+        checked_table(arguments, planned)
+    (tmp_path / "c1.nii.gz").unlink()
+    assert list(checked_table(arguments, planned)["case"]) == ["c0", "c2", "c3"]
+
+
 def test_networks_that_did_not_end_the_same_run_are_not_averaged(tmp_path):
     made = {
         "2d": tmp_path / "cotrain/round-01/train_2d/checkpoint.pth",

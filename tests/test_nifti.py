@@ -55,6 +55,8 @@ def write_image(
     image.header.set_intent("t test", (7,), name="t values")
     image.header.set_slope_inter(2, -1)
     image.header["cal_max"] = 500
+    for field in ("descrip", "db_name", "aux_file"):
+        image.header[field] = b"PATIENT^NAME"
     image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"patient's name"))
     nibabel.save(image, path)
     return path
@@ -126,7 +128,7 @@ def test_labels_inherit_nothing_else_from_the_image(tmp_path):
     assert header["cal_max"] == 0
     assert not header.extensions
     content = gzip.decompress((tmp_path / "labels.nii.gz").read_bytes())
-    assert b"patient" not in content
+    assert b"patient" not in content.lower()
     assert len(content) == 352 + some_labels().size
 
 

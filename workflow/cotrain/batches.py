@@ -26,7 +26,7 @@ from cotrain.slices import patch_of, slices_of
 from cotrain.team import Place
 
 FOREGROUND_OVERSAMPLING = 0.33
-"""nnU-Net's share of patches aimed at foreground, rounded up to whole samples of a batch."""
+"""nnU-Net's share of patches aimed at foreground, rounded to whole samples of a batch as there."""
 BATCHES_AHEAD = 6
 """Least number of batches that are made ahead of a GPU, as nnU-Net keeps them; each worker one."""
 STREAMS = {"2d": 2, "3d": 3}

@@ -202,19 +202,29 @@ def _problems_of_sizes(cases: Sequence[Case]) -> list[str]:
         return []
     usual = np.median([case.spacing_mm for case in labelled], axis=0)
     usual_ras = np.median([case.spacing_ras_mm for case in labelled], axis=0)
-    problems = []
-    for case in cases:
-        # nnU-Net rounds a half to nothing.
-        is_nothing = (case.shape * (case.spacing_mm / usual)).min() <= 0.5
-        is_coarse = (case.spacing_ras_mm / usual_ras).max() > MAX_SPACING_RATIO
-        if is_nothing or is_coarse:
-            so = "so that nothing is left of it at their voxel size; " if is_nothing else ""
-            problems.append(
-                f"case {case.name}: the image has {by(case.shape)} voxels of {by(case.spacing_mm)} "
-                f"mm, and labelled cases have voxels of {by(usual)} mm (median), {so}take the case "
-                "out of the table, or correct the voxel size in its header if it is wrong."
-            )
-    return problems
+    sentences = (
+        problem_of_size(case, usual, times_as_long=(case.spacing_ras_mm / usual_ras).max())
+        for case in cases
+    )
+    return [sentence for sentence in sentences if sentence]
+
+
+def problem_of_size(case: Case, usual: np.ndarray, *, times_as_long: float) -> str | None:
+    """Return a sentence where nothing is left of an image, or its voxel size cannot be meant.
+
+    usual: voxel size of labelled cases in mm, along the array's axes as the case's own is.
+    times_as_long: the case's voxels as a multiple of the labelled cases', where it is largest.
+    """
+    # nnU-Net rounds a half to nothing.
+    is_nothing = (case.shape * (case.spacing_mm / usual)).min() <= 0.5
+    if not is_nothing and times_as_long <= MAX_SPACING_RATIO:
+        return None
+    so = "so that nothing is left of it at their voxel size; " if is_nothing else ""
+    return (
+        f"case {case.name}: the image has {by(case.shape)} voxels of {by(case.spacing_mm)} mm, and "
+        f"labelled cases have voxels of {by(usual)} mm (median), {so}leave the case out, or "
+        "correct the voxel size in its header if it is wrong."
+    )
 
 
 def warnings_of(cases: Sequence[Case], channels: Sequence[str] = ()) -> list[str]:

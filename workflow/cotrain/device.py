@@ -4,7 +4,8 @@ import fcntl
 import os
 import socket
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TextIO
@@ -15,7 +16,7 @@ from torch.nn.functional import batch_norm
 
 from cotrain import slurm
 from cotrain.errors import InputError
-from cotrain.settings import Compute
+from cotrain.settings import Compute, Network
 
 
 def device_of(compute: Compute) -> torch.device:
@@ -76,6 +77,11 @@ def check_computes(device: torch.device) -> None:
     """Raise InputError where torch sees a GPU but was not built for its kind, or it is full."""
     try:
         torch.ones(1, device=device).add_(1).item()
+    except torch.cuda.OutOfMemoryError:
+        raise InputError(
+            f"The memory of the GPU of {socket.gethostname()} is full before this step has begun, "
+            "by another process (nvidia-smi tells); end that one, or ask for a GPU of your own."
+        ) from None
     except RuntimeError as error:
         said = str(error).partition("\n")[0]
         raise InputError(
@@ -83,6 +89,22 @@ def check_computes(device: torch.device) -> None:
             f"{socket.gethostname()} but cannot compute there ({said}); take another kind of GPU, "
             "or install a build of torch for it (docs/slurm.md, 3.)."
         ) from None
+
+
+@contextmanager
+def telling_what_takes_less(network: Network) -> Iterator[None]:
+    """Turn the lack of a GPU's memory into an InputError that says what takes less of it."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        said = ". ".join(str(error).split(". ")[:2])
+        less = "network_2d.batch_size or network_2d.patch_size"
+        if network == "3d":
+            less = "network_3d.gpu_memory_gb, network_3d.batch_size or network_3d.patch_size"
+        raise InputError(
+            f"The {network} network does not fit into the GPU's memory ({said}); ask for a larger "
+            f"GPU, or give a smaller {less}, with which all is planned and trained anew."
+        ) from error
 
 
 @cache

@@ -63,7 +63,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
     Lines that start with # are comments; a # elsewhere is part of its cell.
 
     Raises InputError where the file is missing, no table, or separated by what its name does not
-    say.
+    say, or where a quotation mark makes one cell of two lines: verdicts would go unheard.
     """
     path = Path(path)
     if not path.is_file():
@@ -97,6 +97,12 @@ def read_table(path: str | Path) -> pd.DataFrame:
         raise InputError(
             f"{path}: the rows have more cells than the {len(frame.columns)} headings; remove the "
             "surplus separators."
+        )
+    torn = frame.map(lambda cell: "\n" in cell).any(axis=1)
+    if torn.any():
+        raise InputError(
+            f"{path}, row {torn.idxmax() + 1}: a cell goes on in the next line; remove the line "
+            'break in it, or the quotation mark (") that opens it and is never closed.'
         )
     # Spreadsheets save rows below the last one.
     return frame[(frame != "").any(axis=1)].reset_index(drop=True)

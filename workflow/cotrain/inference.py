@@ -23,7 +23,13 @@ from nnunetv2.inference.sliding_window_prediction import (
 )
 from torch import nn
 
-from cotrain.device import arrange_for_cpu, autocast, device_of, precision_of
+from cotrain.device import (
+    arrange_for_cpu,
+    autocast,
+    device_of,
+    precision_of,
+    telling_what_takes_less,
+)
 from cotrain.errors import InputError
 from cotrain.files import read_table, sha256_of, write_table, write_text
 from cotrain.masks import MANIFEST_COLUMNS, labels_on_image_grid, quantised, write_mask
@@ -397,7 +403,7 @@ def run(arguments: argparse.Namespace) -> None:
         arrange_for_cpu(network)
 
     def slabs_of(arrays: str) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-        for logits in logit_slabs(
+        slabs = logit_slabs(
             network,
             # Not mapped into memory: the pages would count as this process's.
             blosc2.open(arrays + ".b2nd", mode="r", dparams={"nthreads": 1}),
@@ -408,8 +414,10 @@ def run(arguments: argparse.Namespace) -> None:
             inference=stage.inference,
             device=device,
             precision=precision,
-        ):
-            yield logits.cpu(), soft_mask_of(logits)
+        )
+        with telling_what_takes_less(arguments.network):
+            for logits in slabs:
+                yield logits.cpu(), soft_mask_of(logits)
 
     make_mask_set(
         arguments,

@@ -53,10 +53,14 @@ def images_of(
 ) -> dict[str, list[str]]:
     """Return case -> absolute paths of its channels, of all images in some folders.
 
-    Raises InputError where names look like nnU-Net's and no suffixes are given, or a channel of a
-    case is missing.
+    Raises InputError where names look like nnU-Net's and no suffixes are given, a channel of a
+    case is missing, or a table could not name a case.
     """
     image_files = _nifti_files(images)
+    if hidden := [path for name, path in image_files.items() if name.startswith("#")]:
+        raise InputError(
+            f"The name of {hidden[0]} begins with #, as a comment does in a case table; rename it."
+        )
     if channel_suffixes:
         return _channels_of_cases(image_files, channel_suffixes)
     # nnU-Net counts channels from 0: a number without that is the case's own.

@@ -54,8 +54,9 @@ def write_labels(array: np.ndarray, *, like: str | Path, path: str | Path) -> No
     """Write label values, `(X, Y, Z)` uint8, on the grid of the image `like`, in one step.
 
     The header of `like` is kept bit for bit where it says where the voxels are: affines, their
-    codes, voxel sizes and units. Scaling, intent, display range and header extensions (which can
-    hold a patient's name) are cleared. Raises InputError where the shape is not that of `like`.
+    codes, voxel sizes and units. Scaling, intent, display range, and texts and header extensions
+    (which can hold a patient's name) are cleared. Raises InputError where the shape is not that of
+    `like`.
     """
     reference = _open(like)
     if array.shape != reference.shape:
@@ -69,6 +70,9 @@ def write_labels(array: np.ndarray, *, like: str | Path, path: str | Path) -> No
     header.set_slope_inter(None, None)
     header.set_intent("none")
     header["cal_min"] = header["cal_max"] = 0
+    for text in ("descrip", "db_name", "aux_file"):
+        if text in header:  # NIfTI-2 has no db_name
+            header[text] = b""
     header["vox_offset"] = 0  # nibabel puts the voxels right behind a header without extensions
     with write_atomically(path) as temporary:
         type(reference)(array, reference.affine, header).to_filename(temporary)

@@ -10,10 +10,11 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from cotrain import inference, merge, preprocess
-from cotrain.data_check import all_examined, refuse
+from cotrain.data_check import all_examined, problem_of_size, refuse
 from cotrain.device import device_of
 from cotrain.errors import InputError
 from cotrain.files import read_table, sha256_of, write_atomically, write_table, write_text
@@ -105,6 +106,19 @@ def checked_table(arguments: argparse.Namespace, planned: Planned) -> pd.DataFra
     tasks = [(row, False) for row in table.to_dict("records")]
     examined = list(all_examined(tasks, {}, jobs=arguments.threads))
     refuse([problem for case in examined for problem in case.problems], where="the images")
+    spacing = np.array(planned.configuration("3d").spacing)
+    # NIfTI's axes are nnU-Net's in reverse. Which of them lie along the patient's is not known of
+    # the labelled cases any more, so that edges are compared by their length.
+    usual = spacing[planned.manager.transpose_backward][::-1]
+    sentences = (
+        problem_of_size(
+            case,
+            usual,
+            times_as_long=(np.sort(case.spacing_mm) / np.sort(usual)).max(),
+        )
+        for case in examined
+    )
+    refuse([sentence for sentence in sentences if sentence], where="the images")
     # An experiment that was planned by older code does not tell.
     learnt = planned.dataset.get("orientations", [])
     others = [case for case in examined if case.orientation not in learnt]

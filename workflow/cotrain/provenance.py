@@ -30,7 +30,8 @@ PACKAGES = (
 def commit_of_code() -> str:
     """Return the commit this code is at, with `-modified` for uncommitted changes.
 
-    Where the package was installed from elsewhere than a git clone: `release <version>`.
+    Where the package was installed from elsewhere than a git clone: `release <version>`. Without
+    git nobody can tell: `unknown, no git here, release <version>`.
     """
     here = Path(__file__).parent
     # A clone that a colleague owns is fine to be asked for its commit.
@@ -41,7 +42,9 @@ def commit_of_code() -> str:
         # Installed into an environment inside another clone, that one's commit says nothing.
         subprocess.run(is_tracked, capture_output=True, check=True)
         return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
-    except (subprocess.CalledProcessError, FileNotFoundError):
+    except FileNotFoundError:
+        return f"unknown, no git here, release {__version__}"
+    except subprocess.CalledProcessError:
         return f"release {__version__}"
 
 

@@ -27,7 +27,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cotrain.audit import learnt_from
 from cotrain.batches import STREAMS, BatchSource, Case, batches, seed_everything
-from cotrain.device import arrange_for_cpu, autocast, device_of, devices_of, precision_of
+from cotrain.device import (
+    arrange_for_cpu,
+    autocast,
+    device_of,
+    devices_of,
+    precision_of,
+    telling_what_takes_less,
+)
 from cotrain.errors import InputError
 from cotrain.files import read_table, sha256_of, write_atomically, write_table
 from cotrain.losses import DiceAndSoftCrossEntropy
@@ -539,7 +546,8 @@ def run(arguments: argparse.Namespace) -> None:
             # By another job, for which this one waited: a newer file would rerun what follows.
             print(f"{checkpoint} is finished already; it stays as it is.", flush=True)
             return
-        _train_round(arguments, stage, planned, work, devices, workers=workers)
+        with telling_what_takes_less(arguments.network):
+            _train_round(arguments, stage, planned, work, devices, workers=workers)
 
 
 def _train_round(
