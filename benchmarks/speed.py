@@ -240,13 +240,18 @@ def infer_stage(precision: str, *, tile_step_size: float = 0.5) -> Section:
     )
 
 
+def seconds_between(moments: list[float]) -> list[float]:
+    """Return the seconds from each moment to the next, warm-up dropped."""
+    return [after - before for before, after in itertools.pairwise(moments)][WARM_UP_STEPS:]
+
+
 def seconds_of_steps(optimizer, run: Callable[[], object]) -> list[float]:
     """Return the seconds from each optimiser step of `run` to the next, warm-up dropped."""
     moments = []
     hook = optimizer.register_step_post_hook(lambda *_: moments.append(time.perf_counter()))
     run()
     hook.remove()
-    return [after - before for before, after in itertools.pairwise(moments)][WARM_UP_STEPS:]
+    return seconds_between(moments)
 
 
 @contextlib.contextmanager
@@ -343,11 +348,9 @@ def measure_training(prepared: Prepared, *, steps: int, repetitions: int) -> lis
             mirroring=True,
         )
 
-        def epoch() -> list[float]:
-            moments = [time.perf_counter() for _ in batches(source, workers=0, pin_memory=False)]
-            return [after - before for before, after in itertools.pairwise(moments)][WARM_UP_STEPS:]
-
-        return epoch
+        return lambda: seconds_between(
+            [time.perf_counter() for _ in batches(source, workers=0, pin_memory=False)]
+        )
 
     def stock(trainer) -> Callable[[], list[float]]:
         def epoch() -> None:

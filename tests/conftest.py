@@ -11,6 +11,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import functools
+import json
 import multiprocessing
 import signal
 import time
@@ -31,7 +32,8 @@ from scipy.ndimage import gaussian_filter
 from cotrain.__main__ import main
 from cotrain.inference import make_mask_set, soft_mask_of
 from cotrain.nnunet import Planned
-from cotrain.settings import Section, Settings, as_yaml, check
+from cotrain.plan import configuration_2d
+from cotrain.settings import Network2D, Section, Settings, as_yaml, check
 
 LABELS = {"shell": 1, "core": 2}
 SHAPE = (20, 24, 30)
@@ -253,6 +255,25 @@ def tiny_with(tiny, tmp_path_factory, cotrain) -> Callable[..., Tiny]:
         for split in tiny.tables:
             (folder / split).symlink_to(tiny.preprocessed / split)
         return made
+
+    return with_network
+
+
+@pytest.fixture(scope="session")
+def tiny_with_2d(tiny, tmp_path_factory) -> Callable[..., Tiny]:
+    """Return a function that gives the tiny experiment another 2D network on the same arrays."""
+
+    def with_network(**changes: object) -> Tiny:
+        folder = tmp_path_factory.mktemp("tiny_2d")
+        plans = json.loads((tiny.preprocessed / "plans.json").read_text())
+        wanted = tiny.settings.network_2d.model_copy(update=changes)
+        plans["configurations"]["2d_cotrain"] = configuration_2d(
+            plans, Network2D.model_validate(wanted.model_dump())
+        )
+        (folder / "plans.json").write_text(json.dumps(plans))
+        for name in ("dataset.json", "labelled", "unlabelled", "test"):
+            (folder / name).symlink_to(tiny.preprocessed / name)
+        return replace(tiny, preprocessed=folder)
 
     return with_network
 

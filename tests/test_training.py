@@ -2,6 +2,7 @@
 
 import math
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,6 +174,13 @@ def told(tmp_path) -> Namespace:
     )
 
 
+def change(path: Path, old: str, new: str) -> None:
+    """Put `new` in place of `old`, which must be there."""
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
 def learnt(told: Namespace) -> dict[str, str]:
     return learnt_by(told, load(told.settings, model=TrainStage))
 
@@ -184,9 +192,7 @@ def test_data_that_moved_or_were_shared_out_in_another_way_train_nothing_again(t
     (tmp_path / "labelled/manifest-1.tsv").write_text(f"{MANIFEST}b\t4x4x4\t222\n")
     told.audit.write_text("case\tsoft_sha256\taccepted\treason\nc\t444\ttrue\taccept by ab\n")
     # Work is told apart by the device that `auto` found.
-    settings = told.settings.read_text()
-    assert "device: auto" in settings
-    told.settings.write_text(settings.replace("device: auto", "device: cuda"))
+    change(told.settings, "device: auto", "device: cuda")
     assert learnt(told) == before
 
 
@@ -209,9 +215,7 @@ def test_data_that_moved_or_were_shared_out_in_another_way_train_nothing_again(t
 )
 def test_other_settings_cases_arrays_or_masks_train_again(told, tmp_path, file, old, new):
     before = learnt(told)
-    text = (tmp_path / file).read_text()
-    assert old in text
-    (tmp_path / file).write_text(text.replace(old, new))
+    change(tmp_path / file, old, new)
     assert learnt(told) != before
 
 
@@ -233,9 +237,7 @@ def test_a_training_is_kept_where_a_setting_changed_that_it_does_not_read(
     told.round = 0 if training == "labels" else 1
     told.audit = told.audit if training == "taught" else None
     before = learnt(told)
-    text = told.settings.read_text()
-    assert old in text
-    told.settings.write_text(text.replace(old, new))
+    change(told.settings, old, new)
     assert (learnt(told) != before) == (training in read_by.split())
 
 

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -20,8 +19,6 @@ from medpy.metric.binary import dc
 
 from cotrain.__main__ import main
 from cotrain.files import read_table, sha256_of
-from cotrain.plan import configuration_2d
-from cotrain.settings import Network2D
 
 NETWORKS = [
     "2d full",
@@ -51,21 +48,12 @@ predict_entry_point()
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
-def network_and_experiment(request, tiny, tiny_with, tmp_path_factory):
+def network_and_experiment(request, tiny, tiny_with, tiny_with_2d):
     """Return `2d` or `3d` and the experiment whose plans hold the network."""
     network, kind = request.param.split()
     if network == "3d":
         return network, tiny if kind == "plain" else tiny_with(kind)
-    folder = tmp_path_factory.mktemp(f"plans_{kind}")
-    plans = json.loads((tiny.preprocessed / "plans.json").read_text())
-    wanted = tiny.settings.network_2d.model_copy(update=ENCODERS[kind])
-    plans["configurations"]["2d_cotrain"] = configuration_2d(
-        plans, Network2D.model_validate(wanted.model_dump())
-    )
-    (folder / "plans.json").write_text(json.dumps(plans))
-    for name in ("dataset.json", "labelled", "unlabelled", "test"):
-        (folder / name).symlink_to(tiny.preprocessed / name)
-    return network, replace(tiny, preprocessed=folder)
+    return network, tiny_with_2d(**ENCODERS[kind])
 
 
 @pytest.fixture(scope="module")

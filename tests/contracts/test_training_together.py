@@ -1,6 +1,5 @@
 """Two processes that train one network together do what one does, on a CPU, by gloo."""
 
-import json
 import os
 import signal
 import subprocess
@@ -15,7 +14,6 @@ import torch
 
 from cotrain.losses import DiceAndSoftCrossEntropy
 from cotrain.networks import TimmSegmentationNetwork
-from cotrain.plan import configuration_2d
 from cotrain.settings import Compute
 from cotrain.team import Place, team
 from cotrain.training import convert_sync_batchnorm
@@ -58,16 +56,10 @@ def test_two_processes_train_on_the_batches_of_one(
 
 
 @pytest.mark.parametrize("adaptation", ["full", "lora"])
-def test_two_processes_train_the_2d_network(tiny, train, tmp_path, adaptation):
+def test_two_processes_train_the_2d_network(tiny_with_2d, train, tmp_path, adaptation):
     # With adapters most weights are frozen: DDP waits for every gradient that it was told of.
-    plans = json.loads((tiny.preprocessed / "plans.json").read_text())
-    wanted = tiny.settings.network_2d.model_copy(update={"adaptation": adaptation})
-    plans["configurations"]["2d_cotrain"] = configuration_2d(plans, wanted)
-    (tmp_path / "plans.json").write_text(json.dumps(plans))
-    for name in ("dataset.json", "labelled"):
-        (tmp_path / name).symlink_to(tiny.preprocessed / name)
-    experiment = replace(together(tiny), preprocessed=tmp_path)
-    done = train(experiment, "2d", tmp_path / "train", "--arm", "labels_only", "--round", 0)
+    experiment = together(tiny_with_2d(adaptation=adaptation))
+    done = train(experiment, "2d", tmp_path, "--arm", "labels_only", "--round", 0)
     curve = pd.read_csv(done.folder / "curve.csv")
     assert curve["epoch"].tolist() == [0, 1]
     assert curve["loss"].iloc[1] < curve["loss"].iloc[0]
