@@ -16,7 +16,7 @@ import multiprocessing
 import signal
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver
 from pathlib import Path
@@ -228,13 +228,34 @@ def tiny(tmp_path_factory, cotrain, processes) -> Tiny:
         folder, check(SETTINGS), tables, folder / "preprocessed", folder / "preprocessed_truth"
     )
     plan(made, cotrain)
-    for split, table in tables.items():
-        for out_dir, option in ((made.preprocessed, ""), (made.truth, "--with-label")):
-            with_label = ["--with-label"] if split == "labelled" or option else []
-            cotrain(
-                *("preprocess", "--preprocessed", made.preprocessed, "--cases", table),
-                *("--out-dir", out_dir / split, *with_label),
-            )
+    preprocess(made, cotrain, made.preprocessed, with_label=["labelled"])
+    preprocess(made, cotrain, made.truth, with_label=tables)
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny_two_channels(tiny, tmp_path_factory, cotrain) -> Tiny:
+    """Return the tiny experiment in two channels, of which each shows one label's border alone."""
+    folder = tmp_path_factory.mktemp("tiny_two_channels")
+    tables = {}
+    for split in tiny.tables:
+        rows = tiny.rows(split)
+        for row in rows:
+            image = nibabel.load(row["image"])
+            voxels, labels = image.get_fdata(), nibabel.load(row["label"]).get_fdata()
+            paths = []
+            for channel, label in enumerate(LABELS.values()):
+                # 60 brighter for each label inside which a voxel is: here for this one alone.
+                shown = voxels + 60 * ((labels >= label) - labels)
+                paths.append(str(folder / f"{row['case']}_{channel:04d}.nii.gz"))
+                nibabel.save(nibabel.Nifti1Image(shown.astype(np.float32), image.affine), paths[-1])
+            row["image"] = ";".join(paths)
+        tables[split] = folder / f"{split}.tsv"
+        pd.DataFrame(rows).to_csv(tables[split], sep="\t", index=False)
+    settings = check(SETTINGS | {"channels": list(LABELS)})
+    made = replace(tiny, settings=settings, tables=tables, preprocessed=folder / "preprocessed")
+    plan(made, cotrain)
+    preprocess(made, cotrain, made.preprocessed, with_label=["labelled"])
     return made
 
 
@@ -389,3 +410,14 @@ def plan(experiment: Tiny, cotrain: Callable[..., None]) -> None:
         *("plan", "--settings", experiment.stage("plan", experiment.preprocessed)),
         *("--cases", experiment.tables["labelled"], "--out-dir", experiment.preprocessed),
     )
+
+
+def preprocess(
+    experiment: Tiny, cotrain: Callable[..., None], folder: Path, *, with_label: Collection[str]
+) -> None:
+    """Let nnU-Net preprocess all cases into a folder for each split."""
+    for split, table in experiment.tables.items():
+        cotrain(
+            *("preprocess", "--preprocessed", experiment.preprocessed, "--cases", table),
+            *("--out-dir", folder / split, *(["--with-label"] if split in with_label else [])),
+        )

@@ -26,11 +26,13 @@ NETWORKS = [
     "2d frozen",
     "2d pyramid",
     "2d dinov3",
+    "2d two_channels",
     "3d plain",
     "3d resenc",
     "3d segresnet",
     "3d swinunetr",
     "3d plain_unet",
+    "3d two_channels",
 ]
 ENCODERS = {
     "full": {"adaptation": "full"},
@@ -48,9 +50,11 @@ predict_entry_point()
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
-def network_and_experiment(request, tiny, tiny_with, tiny_with_2d):
+def network_and_experiment(request, tiny, tiny_two_channels, tiny_with, tiny_with_2d):
     """Return `2d` or `3d` and the experiment whose plans hold the network."""
     network, kind = request.param.split()
+    if kind == "two_channels":
+        return network, tiny_two_channels
     if network == "3d":
         return network, tiny if kind == "plain" else tiny_with(kind)
     return network, tiny_with_2d(**ENCODERS[kind])
@@ -141,7 +145,8 @@ def test_infers_masks_on_the_images_own_grid(
     network, experiment = network_and_experiment
     cotrain(*infer_words(experiment, network, two_rounds[1].checkpoint, tmp_path))
     for row in experiment.rows("test"):
-        mask, image = nibabel.load(tmp_path / f"{row['case']}.nii.gz"), nibabel.load(row["image"])
+        mask = nibabel.load(tmp_path / f"{row['case']}.nii.gz")
+        image = nibabel.load(row["image"].split(";")[0])
         assert mask.shape == image.shape
         assert np.array_equal(mask.affine, image.affine)
         assert mask.get_data_dtype() == np.uint8
@@ -156,7 +161,8 @@ def test_stock_nnunet_predicts_the_same_masks_without_this_package(
     ours, images, stock = (tmp_path / name for name in ("ours", "images", "stock"))
     images.mkdir()
     for row in experiment.rows("test"):
-        (images / f"{row['case']}_0000.nii.gz").symlink_to(row["image"])
+        for channel, path in enumerate(row["image"].split(";")):
+            (images / f"{row['case']}_{channel:04d}.nii.gz").symlink_to(path)
     words = infer_words(experiment, network, two_rounds[1].checkpoint, ours)
     cotrain(*words)
     cotrain(
