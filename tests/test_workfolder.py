@@ -22,6 +22,15 @@ with WorkFolder(sys.argv[1], {"seed": 1}):
     print("held", flush=True)
     time.sleep(60)
 """
+BATCH_MAKERS_HOLDER = """
+import sys, time, torch
+from cotrain.workfolder import WorkFolder
+with WorkFolder(sys.argv[1], {"seed": 1}):
+    for batch in torch.utils.data.DataLoader(range(10**6), batch_size=None, num_workers=3):
+        if batch == 0:
+            print("held", flush=True)
+        time.sleep(0.02)
+"""
 
 
 @pytest.fixture
@@ -116,6 +125,23 @@ def test_a_time_limit_ends_the_process_and_releases_the_lock(tmp_path, holder, n
     assert not (tmp_path / "step.lock").exists()
     # A time limit is no error.
     assert not (tmp_path / "step.error.txt").exists()
+
+
+def test_a_time_limit_that_ends_the_makers_of_batches_too_is_no_error(tmp_path):
+    # As SLURM ends a job and a closed terminal a command: all processes at once.
+    process = subprocess.Popen(
+        [sys.executable, "-c", BATCH_MAKERS_HOLDER, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == "held\n"
+    os.killpg(process.pid, signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Error" not in said
+    assert not (tmp_path / "step.lock").exists()
 
 
 def test_work_of_another_identity_is_not_resumable(tmp_path):

@@ -121,17 +121,22 @@ def _meet(place: Place, url: str) -> None:
 def _join(place: Place, url: str, help_: Callable, arguments: tuple) -> None:
     # Ctrl-C reaches every process of a terminal, and scancel every process of a job. The first one
     # releases its lock and kills the others.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _wait_for_the_first)
     threading.Thread(target=_die_with_the_first, daemon=True).start()
-    _meet(place, url)
     try:
+        _meet(place, url)
         help_(place, *arguments)
     except InputError as error:
         # The first process, too, meets what is wrong for all, says it and ends this one.
         time.sleep(SECONDS_FOR_THE_SAME)
         sys.exit(f"process {place.rank} of {place.size}: {error}")
     distributed.destroy_process_group()
+
+
+def _wait_for_the_first(number: int, frame: object) -> None:
+    # torch would raise an error for the processes that make batches, which the signal has ended.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _die_with_the_first() -> None:

@@ -414,6 +414,9 @@ def _born(pid: int) -> str | None:
 
 
 def _stop(number: int, frame: object) -> None:
+    # The processes that make batches get the signal, too, and torch raises an error for the first
+    # that ends, wherever this one is then: in the middle of releasing its lock.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     raise SystemExit(128 + number)
 
 
