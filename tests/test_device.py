@@ -13,6 +13,7 @@ from cotrain.device import (
     check_computes,
     devices_of,
     is_bf16_faster,
+    make_current,
     precision_of,
     telling_what_takes_less,
 )
@@ -79,12 +80,11 @@ import torch
 torch.cuda.is_available = lambda: True
 torch.cuda.device_count = lambda: int(sys.argv[1])
 torch.cuda.get_device_properties = lambda number: types.SimpleNamespace(uuid=f"GPU-{number}")
-torch.cuda.set_device = lambda device: print(device, end=" ")
 import cotrain.device
 from cotrain.device import devices_of
 from cotrain.settings import Compute
-# These GPUs are but answers.
-cotrain.device.check_computes = lambda device: None
+# These GPUs are but answers. It is by this check that a step opens one.
+cotrain.device.check_computes = lambda device: print(device, end=" ")
 for _ in range(2):
     print(*devices_of(Compute(), count=int(sys.argv[2])), flush=True)
 input()
@@ -135,6 +135,7 @@ def test_a_gpu_that_torch_was_not_built_for_is_refused_with_its_name(monkeypatch
     def refuse(*size, device):
         raise RuntimeError("CUDA error: no kernel image is available\nCompile with ...")
 
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch, "ones", refuse)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
     with pytest.raises(
@@ -150,9 +151,25 @@ def out_of_memory(*size, device=None):
     )
 
 
+@pytest.mark.parametrize(
+    "said", ["out of memory", "CUDA-capable device(s) is/are busy or unavailable"]
+)
+def test_a_gpu_on_which_cuda_itself_cannot_start_is_told_as_another_processs(monkeypatch, said):
+    def refuse(device):
+        # The class that torch has for it, which is no OutOfMemoryError.
+        raise torch.AcceleratorError(f"CUDA error: {said}\nCUDA kernel errors might be ...")
+
+    monkeypatch.setattr(torch.cuda, "set_device", refuse)
+    with pytest.raises(InputError) as raised:
+        make_current(torch.device("cuda", 0))
+    assert "before this step has begun (CUDA error: " in str(raised.value)
+    assert "end that one" in str(raised.value)
+
+
 def test_a_gpu_that_another_process_fills_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch, "ones", out_of_memory)
-    with pytest.raises(InputError, match=r"is full before this step has begun.*end that one"):
+    with pytest.raises(InputError, match=r"before this step has begun \(CUDA out of .*end that"):
         check_computes(torch.device("cuda", 0))
 
 

@@ -66,24 +66,28 @@ def devices_of(compute: Compute, *, count: int) -> list[torch.device]:
 
 def make_current(device: torch.device) -> None:
     """Make a GPU this process's own; raises InputError as `check_computes` does."""
-    # Else the threads that pin memory would open the first GPU, too.
-    torch.cuda.set_device(device)
     check_computes(device)
     # As nnU-Net does, because all patches of a network have one shape.
     torch.backends.cudnn.benchmark = True
 
 
 def check_computes(device: torch.device) -> None:
-    """Raise InputError where torch sees a GPU but was not built for its kind, or it is full."""
+    """Raise InputError where torch sees a GPU but cannot compute on it: it is full, or taken
+    by a process that shares it with nobody, or torch was not built for its kind.
+    """
     try:
+        # Else the threads that pin memory would open the first GPU, too.
+        torch.cuda.set_device(device)
         torch.ones(1, device=device).add_(1).item()
-    except torch.cuda.OutOfMemoryError:
-        raise InputError(
-            f"The memory of the GPU of {socket.gethostname()} is full before this step has begun, "
-            "by another process (nvidia-smi tells); end that one, or ask for a GPU of your own."
-        ) from None
     except RuntimeError as error:
         said = str(error).partition("\n")[0]
+        # A full GPU has no room for CUDA itself, which is not torch's OutOfMemoryError.
+        if "out of memory" in said or "busy or unavailable" in said:
+            raise InputError(
+                f"The GPU of {socket.gethostname()} is full, or another process's own, before this "
+                f"step has begun ({said}; nvidia-smi tells by whom); end that one, or ask for a "
+                "GPU of your own."
+            ) from None
         raise InputError(
             f"torch {torch.__version__} sees {torch.cuda.get_device_name(device)} on "
             f"{socket.gethostname()} but cannot compute there ({said}); take another kind of GPU, "

@@ -380,9 +380,10 @@ def _help(
     """Train the same epochs as the step itself, in another process, and write nothing."""
     _share_threads(arguments.threads, place.size)
     planned = Planned.read(arguments.preprocessed)
-    trainer = _started(arguments, stage, planned, place, workers, start_from)
-    for _ in _epochs(trainer, arguments, cases):
-        pass
+    with telling_what_takes_less(arguments.network):
+        trainer = _started(arguments, stage, planned, place, workers, start_from)
+        for _ in _epochs(trainer, arguments, cases):
+            pass
 
 
 def _share_threads(threads: int, processes: int) -> None:
