@@ -64,7 +64,7 @@ if workflow.is_main_process:
 onstart:
     if workflow.is_main_process:
         take_over_from_a_dead_command()
-        say_what_shares_a_gpu()
+        say_how_gpus_are_used()
         remember_what_was_read()
         look_at_jobs_as_often_as_asked()
         bear_with_a_silent_slurm()

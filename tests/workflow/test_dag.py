@@ -288,6 +288,18 @@ def test_round_00_of_2d_has_no_teacher(project: Path):
     assert planned(project).teachers()["cotrain/round-00/train_2d"] == ""
 
 
+def test_an_audit_of_masks_that_teach_nobody_is_refused_with_the_first_that_is_there(project: Path):
+    config = settings_file(project, cotraining__first_teacher="both_labels_only")
+    audits = "results/tiny/cotrain/round-{}/audit/train_{}.html"
+    refused, planned = (
+        snakemake(project, audits.format(*which), "-n", "--configfile", str(config))
+        for which in (("00", "3d"), ("01", "2d"))
+    )
+    assert f"the first audit is {audits.format('01', '2d')}." in refused.stdout + refused.stderr
+    assert refused.returncode != 0
+    assert planned.returncode == 0
+
+
 def test_with_first_teacher_2d_it_teaches_3d_at_once(project: Path):
     plan = planned(project, rounds=3, cotraining__first_teacher="2d", cotraining__teacher="other")
     assert plan.teachers() == {
@@ -574,6 +586,23 @@ def test_jobs_that_would_share_a_gpu_are_warned_of(project: Path, limit: tuple[s
     ran = snakemake(project, "--configfile", str(config), *limit, "--until", "write_settings")
     assert ran.returncode == 0, ran.stderr
     assert ("give --resources gpu=1" in ran.stderr) == (not limit)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--cores", "8"], "Of 2 GPUs 1 can be used at a time: a training of tiny takes 8 of 8"),
+        (["--cores", "16"], "takes 12 of 16 cores; give --set-threads train=8."),
+        (["--cores", "24"], None),
+        (["--cores", "8", "--set-threads", "train=4"], None),
+    ],
+)
+def test_gpus_for_which_there_are_too_few_cores_are_warned_of(project: Path, options, said):
+    config = settings_file(project, compute__device="cuda")
+    command = ["--configfile", str(config), "--resources", "gpu=2", "--until", "write_settings"]
+    ran = snakemake(project, *command, *options)
+    assert ran.returncode == 0, ran.stderr
+    assert "can be used at a time" not in ran.stderr if said is None else said in ran.stderr
 
 
 def test_a_command_beside_a_living_one_on_another_machine_is_refused(project: Path):

@@ -77,16 +77,32 @@ def refuse_needs_of_no_rule():
         logger.warning(f"{said}there are {', '.join(sorted(rules))}.")
 
 
-def say_what_shares_a_gpu():
-    """Warn where nothing keeps this machine's jobs from sharing its GPUs, and their memory."""
+def say_how_gpus_are_used():
+    """Warn where this machine's jobs may share a GPU and its memory, or leave GPUs unused."""
     local = not workflow.executor_plugin.common_settings.non_local_exec
     devices = {settings.compute.device for settings in SETTINGS.values()}
     there = "cuda" in devices or ("auto" in devices and shutil.which("nvidia-smi"))
-    if local and there and "gpu" not in workflow.global_resources:
+    if not local or not there:
+        return
+    if "gpu" not in workflow.global_resources:
         logger.warning(
             "As many jobs as there are cores may share a GPU, and run out of its memory; give "
             "--resources gpu=1, or as many as this machine has."
         )
+        return
+    if "train" in workflow.resource_settings.overwrite_threads:
+        return
+    gpus, cores = workflow.global_resources["gpu"].value, workflow.cores
+    for settings in SETTINGS.values():
+        each = settings.compute.gpus_per_training
+        threads = min(cores, threads_of_training_with(settings))
+        at_a_time = cores // threads
+        if at_a_time < gpus // each:
+            logger.warning(
+                f"Of {gpus} GPUs {at_a_time * each} can be used at a time: a training of "
+                f"{settings.experiment} takes {threads} of {cores} cores; give --set-threads "
+                f"train={max(1, cores // (gpus // each))}."
+            )
 
 
 def folders_to_make(experiment):

@@ -369,9 +369,20 @@ def test_masks_to_average(wildcards):
 
 
 def manifests_of_teaching_masks(wildcards):
-    """Return all manifests of the masks to audit."""
-    masks = mask_set_teaching(wildcards.experiment, wildcards.network, wildcards.round)
-    return manifests_in([masks], wildcards.experiment, "unlabelled")
+    """Return all manifests of the masks to audit; WorkflowError where none teach."""
+    experiment, network, round = (
+        wildcards.experiment,
+        wildcards.network,
+        wildcards.round,
+    )
+    if not is_taught(experiment, "cotrain", network, round):
+        first = audits_of(experiment, ".html")[:1]
+        raise WorkflowError(
+            f"No masks teach {network} in round {round} of {experiment}, so that there is nothing "
+            f"to audit; the first audit is {first[0] if first else 'in no round'}."
+        )
+    masks = mask_set_teaching(experiment, network, round)
+    return manifests_in([masks], experiment, "unlabelled")
 
 
 def folders_of(manifests):
@@ -613,9 +624,14 @@ def processes_of_training(wildcards):
 
 
 def threads_of_training(wildcards):
+    """Return the cores that a job asks for to train."""
+    return threads_of_training_with(settings_of(wildcards))
+
+
+def threads_of_training_with(settings):
     """Return the cores of a training: for a GPU as many as nnU-Net makes batches with by default."""
-    on_gpu = settings_of(wildcards).compute.device == "cuda"
-    return (12 if on_gpu else 4) * processes_of_training(wildcards)
+    on_gpu = settings.compute.device == "cuda"
+    return (12 if on_gpu else 4) * settings.compute.gpus_per_training
 
 
 def memory(mem_mb):
