@@ -390,6 +390,12 @@ def test_a_csv_with_semicolons_is_read(tmp_path):
     assert read_table(path).to_dict("records") == [{"case": "one", "image": "a.nii", "label": ""}]
 
 
+def test_a_comment_behind_the_mark_of_a_spreadsheet_is_a_comment(tmp_path):
+    path = tmp_path / "cases.csv"
+    path.write_bytes("\ufeff# of the first scanner, all\ncase,image,label\none,a.nii,\n".encode())
+    assert read_table(path).to_dict("records") == [{"case": "one", "image": "a.nii", "label": ""}]
+
+
 def test_a_place_that_cannot_be_written_to_is_told(tmp_path, capsys, monkeypatch):
     def refuse(*words):
         raise PermissionError(errno.EACCES, "Permission denied", "scans/cases.tsv")
@@ -442,6 +448,19 @@ def test_make_table_takes_a_number_without_channel_0000_for_the_cases_own(tmp_pa
     touch(tmp_path / "images", "scan_0042", "scan_2024")
     touch(tmp_path / "labels", "scan_0042")
     assert list(make(tmp_path)["case"]) == ["scan_0042", "scan_2024"]
+
+
+def test_make_table_says_how_to_name_masks_as_their_images(tmp_path):
+    touch(tmp_path / "images", "a", "b", "c")
+    masks = tmp_path / "labels"
+    touch(masks, "a_seg", "b_seg")
+    with pytest.raises(
+        InputError, match="without `_seg`; in a copy of their folder: for f"
+    ) as told:
+        make(tmp_path)
+    loop = str(told.value).partition("folder: ")[2].removesuffix(".")
+    subprocess.run(["bash", "-c", loop], cwd=masks, check=True)
+    assert list(make(tmp_path)["split"]) == ["labelled", "labelled", "unlabelled"]
 
 
 def test_make_table_names_a_missing_channel(tmp_path):

@@ -375,6 +375,21 @@ def test_a_channel_with_the_air_of_ct_should_be_called_ct(data, capsys):
         assert ("call it CT in `channels`" in capsys.readouterr().out) == is_told
 
 
+def test_a_table_of_ct_and_other_images_is_warned_of(data, capsys):
+    data.write_image("case4", scale=-1000)
+    for name in ("MRI", "CT"):
+        data.check("--channels", name)
+        said = capsys.readouterr().out
+        assert "in 1 cases (such as case4) and above it in 5 (such as case0)" in said
+        assert "`channels`" not in said
+
+
+def test_images_without_air_that_are_called_ct_are_warned_of(data, capsys):
+    for name, is_told in (("CT", True), ("MRI", False), ("noNorm", False)):
+        data.check("--channels", name)
+        assert ("is called CT, but no case begins" in capsys.readouterr().out) == is_told
+
+
 def test_mixed_orientations_are_warned_of(data):
     assert "orientations" not in warnings_of(data)
     data.write_image("case2", spacing=(-0.5, 1, 2))

@@ -430,8 +430,14 @@ def test_the_command_names_the_settings_where_they_are_and_a_placeholder_elsewhe
 
 
 def test_without_any_experiment_it_says_how_to_start_one(tmp_path, capsys):
+    (tmp_path / "results").mkdir()
     assert main(["status", "demo", "--results", str(tmp_path / "results")]) == 0
     assert "snakemake --configfile config/demo.yaml" in capsys.readouterr().out
+
+
+def test_a_folder_in_which_nothing_lies_is_told_from_one_in_which_nothing_has_run(tmp_path, capsys):
+    assert main(["status", "mine", "--results", str(tmp_path / "results")]) == 2
+    assert "go to where snakemake was typed" in capsys.readouterr().err
 
 
 def test_warnings_about_the_data_are_shown(experiment, capsys):

@@ -234,12 +234,31 @@ def warnings_of(cases: Sequence[Case], channels: Sequence[str] = ()) -> list[str
     """
     warnings = []
     for number, name in enumerate(channels):
-        low = float(np.median([case.intensities[number]["p00_5"] for case in cases]))
-        if name.casefold() not in ("ct", "nonorm") and low < HIGHEST_AIR:
+        if name.casefold() == "nonorm":
+            continue
+        begin = {case.name: case.intensities[number]["p00_5"] for case in cases}
+        as_ct = [case for case, low in begin.items() if low < HIGHEST_AIR]
+        others = [case for case in begin if case not in as_ct]
+        if as_ct and others:
             warnings.append(
-                f"Channel {number} is called {name}, but begins at {low:.0f} (median 0.5th "
+                f"Channel {number} ({name}) begins as CT does, below {HIGHEST_AIR}, in "
+                f"{len(as_ct)} cases (such as {as_ct[0]}) and above it in {len(others)} (such as "
+                f"{others[0]}): 0.5th percentiles. Unless those are CT without air around the "
+                "body, leave one kind of image out."
+            )
+        elif as_ct and name.casefold() != "ct":
+            warnings.append(
+                f"Channel {number} is called {name}, but begins below {HIGHEST_AIR} (0.5th "
                 "percentile), as CT does; if it is CT, call it CT in `channels`, so that nnU-Net "
                 "normalises the intensities of all images in the same way."
+            )
+        elif others and name.casefold() == "ct":
+            low = min(begin.values())
+            warnings.append(
+                f"Channel {number} is called CT, but no case begins below {low:.0f} (0.5th "
+                "percentile), where air is; unless it is CT without air around the body, give it "
+                "another name in `channels`: nnU-Net normalises CT by the labelled cases' "
+                "intensities."
             )
     orientations = Counter(case.orientation for case in cases)
     if len(orientations) > 1:

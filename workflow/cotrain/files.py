@@ -72,7 +72,8 @@ def read_table(path: str | Path) -> pd.DataFrame:
         )
     separator = "," if path.suffix.lower() == ".csv" else "\t"
     try:
-        text = path.read_text()
+        # Spreadsheets begin a "CSV UTF-8" with a mark, which would hide the # of a comment.
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise _no_table(path, error) from None
     # Not splitlines: a note pasted from a PDF may hold separators that are no line's end.

@@ -33,10 +33,17 @@ def images_and_labels(
     label_files = _nifti_files(labels)
     orphans = sorted(set(label_files) - set(channels_of))
     if orphans:
+        remedy = "rename them, or say with --channel-suffix what follows the case in image names"
+        ends = {found[0] for name in orphans if (found := OF_A_MASK.search(name))}
+        if len(ends) == 1 and all(OF_A_MASK.sub("", name) in channels_of for name in orphans):
+            end = ends.pop()
+            remedy = (
+                f"name them as their images, without `{end}`; in a copy of their folder: "
+                f'for f in *{end}.nii*; do mv "$f" "${{f/{end}.nii/.nii}}"; done'
+            )
         raise InputError(
             f"{len(orphans)} labels have no image of the same case, first "
-            f"{label_files[orphans[0]]}; rename them, or say with "
-            "--channel-suffix what follows the case in image names."
+            f"{label_files[orphans[0]]}; {remedy}."
         )
     return pd.DataFrame(
         {

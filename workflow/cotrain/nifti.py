@@ -172,7 +172,7 @@ def _open(path: str | Path) -> nibabel.Nifti1Image | nibabel.Nifti2Image:
         raise InputError(
             f"{path} has the shape {by(image.shape)}, wanted three axes of at least one voxel; "
             "write one 3D file for each channel or time point, and a mask as one 3D file with a "
-            "value for each label."
+            "value for each label (nibabel.squeeze_image removes further axes of 1)."
         )
     if image.get_data_dtype().kind not in "iuf":
         raise InputError(

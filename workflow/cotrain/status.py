@@ -518,6 +518,11 @@ def run(arguments: argparse.Namespace) -> None:
     # A shell completes its folder.
     if Path(arguments.experiment).parent == results:
         arguments.experiment = Path(arguments.experiment).name
+    if not results.is_dir():
+        raise InputError(
+            f"There is no folder {os.path.abspath(results)}; go to where snakemake was typed, or "
+            "name its results by --results."
+        )
     folder = results / arguments.experiment
     known = sorted(path.name for path in results.glob("*/") if path.is_dir())
     if not known:
