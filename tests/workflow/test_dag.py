@@ -605,6 +605,16 @@ def test_gpus_for_which_there_are_too_few_cores_are_warned_of(project: Path, opt
     assert "can be used at a time" not in ran.stderr if said is None else said in ran.stderr
 
 
+def test_gpus_are_warned_of_once_for_experiments_that_train_alike(project: Path):
+    (project / "experiments.tsv").write_text("experiment\tseed\nfirst\t0\nsecond\t1\n")
+    config = settings_file(project, compute__device="cuda", experiments="experiments.tsv")
+    command = ["--configfile", str(config), "--resources", "gpu=2", "--until", "write_settings"]
+    ran = snakemake(project, *command, "--cores", "8")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.count("can be used at a time: a training of first takes 8 of 8") == 1
+    assert "training of second" not in ran.stderr
+
+
 def test_a_command_beside_a_living_one_on_another_machine_is_refused(project: Path):
     notice = project / ".snakemake/command-tiny.json"
     notice.parent.mkdir()

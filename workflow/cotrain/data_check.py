@@ -238,7 +238,7 @@ def warnings_of(cases: Sequence[Case], channels: Sequence[str] = ()) -> list[str
             continue
         begin = {case.name: case.intensities[number]["p00_5"] for case in cases}
         as_ct = [case for case, low in begin.items() if low < HIGHEST_AIR]
-        others = [case for case in begin if case not in as_ct]
+        others = [case for case, low in begin.items() if low >= HIGHEST_AIR]
         if as_ct and others:
             warnings.append(
                 f"Channel {number} ({name}) begins as CT does, below {HIGHEST_AIR}, in "

@@ -93,14 +93,17 @@ def say_how_gpus_are_used():
     if "train" in workflow.resource_settings.overwrite_threads:
         return
     gpus, cores = workflow.global_resources["gpu"].value, workflow.cores
-    for settings in SETTINGS.values():
-        each = settings.compute.gpus_per_training
+    # Experiments of a table mostly train alike: what holds for all of them is said of the first.
+    trained_alike = {}
+    for experiment, settings in SETTINGS.items():
         threads = min(cores, threads_of_training_with(settings))
+        trained_alike.setdefault((settings.compute.gpus_per_training, threads), experiment)
+    for (each, threads), experiment in trained_alike.items():
         at_a_time = cores // threads
         if at_a_time < gpus // each:
             logger.warning(
                 f"Of {gpus} GPUs {at_a_time * each} can be used at a time: a training of "
-                f"{settings.experiment} takes {threads} of {cores} cores; give --set-threads "
+                f"{experiment} takes {threads} of {cores} cores; give --set-threads "
                 f"train={max(1, cores // (gpus // each))}."
             )
 
