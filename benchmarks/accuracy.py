@@ -10,7 +10,8 @@ tables of docs/accuracy.md from them.
 
 Which cases are labelled moves a result more than the method does, so a method is judged over sets:
 of the cases that are not for testing, in the order of their names, set k labels the k-th block of
-n, with seed k. Test cases are scored once per finished run; nothing is chosen by them.
+n, with seed k. Test cases are scored once per finished run; docs/accuracy.md says which two choices
+were made when their scores were known.
 """
 
 import argparse
