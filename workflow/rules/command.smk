@@ -97,7 +97,9 @@ def say_how_gpus_are_used():
     trained_alike = {}
     for experiment, settings in SETTINGS.items():
         threads = min(cores, threads_of_training_with(settings))
-        trained_alike.setdefault((settings.compute.gpus_per_training, threads), experiment)
+        trained_alike.setdefault(
+            (settings.compute.gpus_per_training, threads), experiment
+        )
     for (each, threads), experiment in trained_alike.items():
         at_a_time = cores // threads
         if at_a_time < gpus // each:
