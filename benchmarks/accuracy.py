@@ -26,6 +26,7 @@ import pandas as pd
 import yaml
 
 from cotrain.audit import true_dice
+from cotrain.device import device_of, precision_of
 from cotrain.errors import InputError
 from cotrain.experiments import experiments_of as experiments_in
 from cotrain.files import (
@@ -312,7 +313,7 @@ def run(arguments: argparse.Namespace) -> None:
     run_workflow(arguments, table, settings, sets, methods, with_peers=bool(peers))
     for place in sets:
         run_peers(arguments.data, place, settings, peers)
-        store(arguments.data, place, settings, asked, with_minutes=not arguments.without_minutes)
+        store(arguments.data, place, settings, asked)
 
 
 def run_workflow(
@@ -376,6 +377,7 @@ def run_peers(
         used += [f"cases/{split}.tsv" for split in ("labelled", "unlabelled", "test")]
         made_of = {each: sha256_of(CLONE / "results" / own.experiment / each) for each in used}
         made_of |= {"peers.py": sha256_of(CLONE / "benchmarks" / "peers.py"), "epochs": epochs}
+        made_of["precision"] = precision_of(own.compute, device_of(own.compute), training=True)
         note = results / "made_of.json"
         is_made = all(each.is_file() for each in scores.values()) and note.is_file()
         if is_made and json.loads(note.read_text()) == made_of:
@@ -398,8 +400,6 @@ def store(
     place: tuple[int, int],
     settings: dict[tuple[int, int, str], Settings],
     methods: list[Method],
-    *,
-    with_minutes: bool,
 ) -> None:
     """Put the scores, minutes and mask qualities of one labelled set into the stored tables."""
     rows, masks = [], []
@@ -407,12 +407,12 @@ def store(
         own = settings[*place, method.experiment]
         key = key_of(data, place, method.experiment)
         (scores,) = read_evaluations([CLONE / evaluation_of(method, own)]).values()
+        results = CLONE / "results" / own.experiment
         if method.experiment in PEERS:
-            spent = float((CLONE / "results" / own.experiment / "minutes.txt").read_text())
+            minutes = float((results / "minutes.txt").read_text())
+            precision = json.loads((results / "made_of.json").read_text())["precision"]
         else:
-            spent = minutes_of(
-                CLONE / "results" / own.experiment, method, last=round_of(method, own)
-            )
+            minutes, precision = cost_of(results, method, last=round_of(method, own))
         for case, row in scores.iterrows():
             rows.append(
                 {
@@ -422,7 +422,8 @@ def store(
                     "back": method.back,
                     "case": case,
                     **{score: f"{row[score]:.5f}" for score in SCORES},
-                    "minutes": f"{spent:.2f}" if with_minutes else "",
+                    "minutes": f"{minutes:.2f}",
+                    "precision": precision,
                 }
             )
     # Of each experiment once, whatever the number of its methods: it opens every mask.
@@ -490,12 +491,14 @@ def qualities_of(table: pd.DataFrame) -> dict[str, str]:
     return row
 
 
-def minutes_of(results: Path, method: Method, *, last: int) -> float:
+def cost_of(results: Path, method: Method, *, last: int) -> tuple[float, str]:
     """Return the processor minutes of all training and mask making up to a round.
 
-    results: folder of the experiment, whose steps noted their processor time beside what they made.
-    Its test masks and scores, and the audits of a second each, are not counted. last: number of
-    the round that it ends with.
+    And the precision of its trainings, `fp32` or `bf16`, which a CPU chooses by what it computes
+    fast: minutes of one compare with minutes of the same alone.
+    results: folder of the experiment, whose steps noted both beside what they made. Its test masks
+    and scores, and the audits of a second each, are not counted. last: number of the round that it
+    ends with.
     """
     if method.arm == "cotrain":
         # The last round's own masks are made for this table alone, and teach nobody.
@@ -516,7 +519,13 @@ def minutes_of(results: Path, method: Method, *, last: int) -> float:
                     for arm in ("labels_only", "cotrain")
                 ]
                 steps += [path for path in of_round if path.is_file()][:1]
-    return sum(json.loads(path.read_text())["cpu_seconds"] for path in steps) / 60
+    noted = {path: json.loads(path.read_text()) for path in steps}
+    minutes = sum(note["cpu_seconds"] for note in noted.values()) / 60
+    # Masks are made in a precision of their own.
+    of_trainings = {
+        note["precision"] for path, note in noted.items() if path.parent.name.startswith("train_")
+    }
+    return minutes, "+".join(sorted(of_trainings))
 
 
 def _replace_rows(path: Path, rows: pd.DataFrame) -> None:
@@ -561,6 +570,7 @@ def standings_of(stored: pd.DataFrame) -> list[Standing]:
             by_set = rows.groupby("set")
             sets = by_set[[*SCORES, "minutes"]].mean()
             sets["worst"] = by_set["dice"].min()
+            sets["precision"] = by_set["precision"].first()
             standings.append(Standing(method, sets))
     return standings
 
@@ -678,9 +688,9 @@ def _over(standing: Standing, baseline: Standing | None) -> str:
 
 
 def _minutes(standing: Standing) -> str:
-    """Return the mean minutes of the sets that have them; nothing where none has."""
-    minutes = standing.sets["minutes"].dropna()
-    return "" if minutes.empty else f"{minutes.mean():.0f}"
+    """Return the mean minutes of the sets, each precision by itself, because it sets the pace."""
+    means = standing.sets.groupby("precision")["minutes"].mean()
+    return ", ".join(f"{minutes:.0f} in {precision}" for precision, minutes in means.items())
 
 
 def _gain(values: pd.Series, others: pd.Series) -> str:
@@ -862,11 +872,6 @@ def main() -> None:
         help=f"of {', '.join([*EXPERIMENTS, *PEERS])}; default: all",
     )
     running.add_argument("--cores", type=int, default=2, help="jobs side by side")
-    running.add_argument(
-        "--without-minutes",
-        action="store_true",
-        help="do not store processor minutes: this CPU is of another kind than that of stored ones",
-    )
     running.set_defaults(run=run)
     redrawing = commands.add_parser("report", help="redraw tables and plot from what is stored")
     redrawing.set_defaults(run=report)

@@ -143,6 +143,7 @@ def stored():
                     **{"set": number},
                     **{"case": case, "dice": each, "jaccard": 0.5, "hd95_mm": 3, "asd_mm": 1},
                     "minutes": 10,
+                    "precision": "bf16",
                 }
                 for case, each in enumerate(cases)
             ]
@@ -163,9 +164,9 @@ def test_gain_gap_and_worst_case_by_hand(accuracy, stored):
         "| 3D, co-trained | 0 1 | 75.5 ± 2.1 | 70.0 ± 5.7 | 50.0 ± 0.0 | 3.00 ± 0.00 | "
     )
     # (75.5 - 72.5) / (81 - 72.5)
-    assert lines[3].endswith("| +3.0 | 35 % | 10 |")
+    assert lines[3].endswith("| +3.0 | 35 % | 10 in bf16 |")
     # All labels are paired with no set: 81 - 72.5.
-    assert lines[4].endswith("| +8.5 |  | 10 |")
+    assert lines[4].endswith("| +8.5 |  | 10 in bf16 |")
 
 
 def test_products_are_held_against_what_labels_alone_give(accuracy, stored):
@@ -197,9 +198,8 @@ def test_a_report_holds_every_number_of_labels_against_the_one_bound(
     stored = stored.assign(data="left_atrium", labelled=4)
     few = stored[stored["experiment"] == "own"].assign(labelled=1)
     stored["labelled"] = stored["labelled"].where(stored["experiment"] != "full", "all")
-    # Trained on a CPU of another kind: all sets with four labels, and one with one label.
-    stored["minutes"] = ""
-    few["minutes"] = few["minutes"].where(few["set"] == 0, "")
+    # A CPU of another kind trained one of the sets.
+    few.loc[few["set"] == 1, ["minutes", "precision"]] = 30, "fp32"
     masks = {"data": "left_atrium", "labelled": 4, "set": 0, "experiment": "own", "round": 1}
     masks |= {"masks": "of 3d", "true_dice": 0.8, "confidence": 0.9, "confidence_tells": 0.5}
     masks |= {"agreement": "", "agreement_tells": ""}
@@ -217,9 +217,9 @@ def test_a_report_holds_every_number_of_labels_against_the_one_bound(
         "<!-- table left_atrium_1 -->",
         "| method | sets | Dice % | minutes | 3D, co-trained, is above it by |",
         "|---|---|---|---|---|",
-        "| 3D, labels only | 0 1 | 72.5 ± 3.5 | 10 | +3.0 |",
-        "| **3D, co-trained** | 0 1 | 75.5 ± 2.1 | 10 |  |",
-        "| 3D, all labels | 0 1 | 81.0 ± 0.0 |  |  |",
+        "| 3D, labels only | 0 1 | 72.5 ± 3.5 | 10 in bf16, 30 in fp32 | +3.0 |",
+        "| **3D, co-trained** | 0 1 | 75.5 ± 2.1 | 10 in bf16, 30 in fp32 |  |",
+        "| 3D, all labels | 0 1 | 81.0 ± 0.0 | 10 in bf16 |  |",
         "<!-- end -->",
         "more prose",
     ]
@@ -291,13 +291,15 @@ def test_minutes_are_those_of_what_the_judged_round_needed(accuracy, tmp_path):
     for step, seconds in steps.items():
         path = tmp_path / f"{step}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"cpu_seconds": seconds}))
+        # Masks are made in another precision than networks are trained in.
+        precision = "fp32" if "train" in step else "bf16"
+        path.write_text(json.dumps({"cpu_seconds": seconds, "precision": precision}))
     ours = SimpleNamespace(arm="cotrain", network="3d")
-    assert accuracy.minutes_of(tmp_path, ours, last=1) == pytest.approx((60 + 120 + 6 + 33) / 60)
-    assert accuracy.minutes_of(tmp_path, ours, last=0) == 3
+    assert accuracy.cost_of(tmp_path, ours, last=1) == ((60 + 120 + 6 + 33) / 60, "fp32")
+    assert accuracy.cost_of(tmp_path, ours, last=0) == (3, "fp32")
     control = SimpleNamespace(arm="labels_only", network="mean")
     # 2D of round 00 was taught by nobody in either arm, and is trained once.
-    assert accuracy.minutes_of(tmp_path, control, last=0) == pytest.approx((60 + 100) / 60)
+    assert accuracy.cost_of(tmp_path, control, last=0) == (160 / 60, "fp32")
 
 
 def test_sets_that_only_one_method_has_are_not_compared(accuracy, stored):
