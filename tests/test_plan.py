@@ -291,4 +291,6 @@ def test_changed_plans_preprocess_every_case_again(preprocess, tmp_path):
 
 def test_a_case_that_a_kill_left_without_its_last_file_is_done_again(preprocess, tmp_path):
     (tmp_path / "labelled" / "flipped.pkl").unlink()
+    (tmp_path / "labelled" / ".writing-node1-7-~flipped_seg.b2nd").write_text("half")
     assert preprocess() == {"flipped"}
+    assert list((tmp_path / "labelled").glob(".*")) == []

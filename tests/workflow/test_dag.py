@@ -702,19 +702,27 @@ def test_a_corrected_file_is_not_forgotten_where_a_run_ended_after_its_list(
 def test_what_may_be_removed_is_missed_only_by_a_later_change(finished: Path):
     """What results/README.md says under "When you are done"."""
     results = finished / "results/tiny"
-    for split in ("labelled", "unlabelled", "test"):
-        shutil.rmtree(results / "preprocessed" / split)
-    ended = {
-        results / f"cotrain/round-01/train_{network}/checkpoint.pth" for network in ("2d", "3d")
+    added = planned(finished, rounds=3).trained()
+    assert added == {
+        f"{arm}/round-02/train_{network}"
+        for arm in ("cotrain", "labels_only")
+        for network in ("2d", "3d")
     }
-    others = set(results.glob("*/round-*/train_*/checkpoint.pth")) - ended
-    assert others
-    for checkpoint in others:
+    # While a round may be added.
+    earlier = list(results.glob("*/round-00/train_*/checkpoint.pth"))
+    assert earlier
+    for checkpoint in earlier:
         checkpoint.unlink()
     assert planned(finished).jobs == {}
-    later = planned(finished, rounds=3)
-    assert later.jobs["preprocess"] >= 3
-    assert {"cotrain/round-02/train_2d", "cotrain/round-02/train_3d"} <= later.trained()
+    assert planned(finished, rounds=3).trained() == added
+    # When nothing will be changed any more.
+    for checkpoint in results.glob("labels_only/round-*/train_*/checkpoint.pth"):
+        checkpoint.unlink()
+    for split in ("labelled", "unlabelled", "test"):
+        shutil.rmtree(results / "preprocessed" / split)
+    assert planned(finished).jobs == {}
+    everything = planned(finished, rounds=3).trained()
+    assert {"cotrain/round-00/train_3d", "cotrain/round-01/train_3d", *added} <= everything
 
 
 def test_an_added_test_case_retrains_nothing(finished: Path):
@@ -775,6 +783,17 @@ def test_a_verdict_reruns_what_its_masks_taught_and_no_earlier_round(finished: P
     # Not the table itself, which a person may be writing while the audit runs.
     verdicts = "results/tiny/cotrain/round-01/audit/verdicts_3d.txt"
     assert [each["--review"] for each in plan.of("audit")] == [verdicts]
+
+
+def test_more_verdicts_than_a_command_holds_are_refused_with_the_remedy(finished: Path):
+    rows = [f"case_3\t1\tpseudo_2d\texclude\tanna\t2026-01-{day:02d}\n" for day in range(1, 29)]
+    header = "case\tround\tmasks\tverdict\tby\tdate\n"
+    (finished / "review.tsv").write_text(header + "".join(rows * 120))
+    config = str(settings_file(finished, review="review.tsv"))
+    ran = snakemake(finished, "--configfile", config)
+    assert ran.returncode != 0
+    assert "review.tsv: 3360 verdicts are on masks that teach the 3d network in" in ran.stderr
+    assert "take cases that shall not teach out of cases.tsv" in ran.stderr
 
 
 def test_the_file_of_a_corrected_mask_is_an_input(finished: Path):

@@ -57,7 +57,11 @@ def preprocess_case(row: dict, planned: Planned, out_dir: Path, *, with_label: b
     there = blosc2.open(str(array), mode="r") if whole else None
     if there is None or there.schunk.vlmeta.get("origin") != origin:
         properties.unlink(missing_ok=True)
-        partial_name = out_dir / f"{unique_prefix()}{row['case']}"
+        # A case has no "~" in its name, so that none is taken for the end of another's.
+        partial_name = out_dir / f"{unique_prefix()}~{row['case']}"
+        for suffix in SUFFIXES:
+            for left_by_a_kill in out_dir.glob(f".writing-*~{row['case']}{suffix}"):
+                left_by_a_kill.unlink()
         DefaultPreprocessor(verbose=False).run_case_save(
             str(partial_name),
             row["image"].split(";"),

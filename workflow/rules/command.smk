@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import threading
+from types import SimpleNamespace
 
 from cotrain import slurm
 from cotrain.errors import InputError
@@ -59,6 +60,23 @@ def say_what_is_easily_missed():
                     f"{settings.review}: {experiment} has not made the masks yet on which the "
                     f"verdict on {row['masks']} of {row['case']} in round {row['round']} is given; "
                     "verdicts on another experiment's masks do not belong here."
+                )
+
+
+def refuse_more_verdicts_than_a_command_holds():
+    """Refuse what would end as `Argument list too long`: verdicts are written by a shell."""
+    for experiment in SETTINGS:
+        for network, round in trained_in(experiment, rounds_of(experiment)):
+            if not is_taught(experiment, "cotrain", network, round):
+                continue
+            audit = SimpleNamespace(experiment=experiment, network=network, round=round)
+            # Linux allows 131,072 bytes an argument, quotation marks and the command included.
+            if len(verdicts_as_text(audit).encode()) > 120_000:
+                raise WorkflowError(
+                    f"{SETTINGS[experiment].review}: {len(verdicts_on(audit))} verdicts are on "
+                    f"masks that teach the {network} network in round {round}, more than a command "
+                    "holds (some 2,000 short rows); take cases that shall not teach out of "
+                    f"{SETTINGS[experiment].cases} instead of excluding their masks."
                 )
 
 
