@@ -16,6 +16,15 @@ from cotrain.takeover import take_over
 from snakemake.exceptions import WorkflowError
 
 
+def taught_in(experiment):
+    """Return the (network, round) of an experiment that masks teach, each of which has an audit."""
+    return [
+        (network, round)
+        for network, round in trained_in(experiment, rounds_of(experiment))
+        if is_taught(experiment, "cotrain", network, round)
+    ]
+
+
 def say_what_is_easily_missed():
     """Warn of settings that are allowed and hardly meant, before anything is computed."""
     for experiment, settings in SETTINGS.items():
@@ -25,10 +34,7 @@ def say_what_is_easily_missed():
                 f"{experiment}: the rate anneals to 0 over {scheduled} rounds "
                 f"(cotraining.schedule_rounds), but only {settings.rounds} are run (rounds)."
             )
-        if not any(
-            is_taught(experiment, "cotrain", network, round)
-            for network, round in trained_in(experiment, rounds_of(experiment))
-        ):
+        if not taught_in(experiment):
             logger.warning(
                 f"{experiment}: no network is taught by masks of unlabelled cases in so few "
                 "rounds; set `rounds` to 2 at least."
@@ -45,8 +51,7 @@ def say_what_is_easily_missed():
             continue
         heard = {
             folder
-            for network, round in trained_in(experiment, rounds_of(experiment))
-            if is_taught(experiment, "cotrain", network, round)
+            for network, round in taught_in(experiment)
             for folder in mask_sets_heard(experiment, network, round)
         }
         for row in REVIEWS[experiment]:
@@ -66,9 +71,7 @@ def say_what_is_easily_missed():
 def refuse_more_verdicts_than_a_command_holds():
     """Refuse what would end as `Argument list too long`: verdicts are written by a shell."""
     for experiment in SETTINGS:
-        for network, round in trained_in(experiment, rounds_of(experiment)):
-            if not is_taught(experiment, "cotrain", network, round):
-                continue
+        for network, round in taught_in(experiment):
             audit = SimpleNamespace(experiment=experiment, network=network, round=round)
             # Linux allows 131,072 bytes an argument, quotation marks and the command included.
             if len(verdicts_as_text(audit).encode()) > 120_000:
