@@ -16,15 +16,6 @@ from cotrain.takeover import take_over
 from snakemake.exceptions import WorkflowError
 
 
-def taught_in(experiment):
-    """Return the (network, round) of an experiment that masks teach, each of which has an audit."""
-    return [
-        (network, round)
-        for network, round in trained_in(experiment, rounds_of(experiment))
-        if is_taught(experiment, "cotrain", network, round)
-    ]
-
-
 def say_what_is_easily_missed():
     """Warn of settings that are allowed and hardly meant, before anything is computed."""
     for experiment, settings in SETTINGS.items():

@@ -484,12 +484,20 @@ def curves_of(experiment):
     return list(dict.fromkeys(curves))
 
 
+def taught_in(experiment):
+    """Return the (network, round) of an experiment that masks teach, each of which has an audit."""
+    return [
+        (network, round)
+        for network, round in trained_in(experiment, rounds_of(experiment))
+        if is_taught(experiment, "cotrain", network, round)
+    ]
+
+
 def audits_of(experiment, suffix):
     """Return the audit tables (.tsv) or pages (.html) of all rounds."""
     return [
         f"results/{experiment}/cotrain/round-{round}/audit/train_{network}{suffix}"
-        for network, round in trained_in(experiment, rounds_of(experiment))
-        if is_taught(experiment, "cotrain", network, round)
+        for network, round in taught_in(experiment)
     ]
 
 
