@@ -66,7 +66,6 @@ LABELS_FIRST = {
 }
 EXPERIMENTS: dict[str, dict[str, str]] = {
     "own": {},
-    "rounds_only": {"training_3d.epochs_per_round": "{spread}", "cotraining.last_epochs": "0"},
     "paper": {
         "recipe": "paper",
         "cotraining": "{{}}",
@@ -98,15 +97,18 @@ allows, with the teacher's or the second network's work in each step."""
 BASELINE = Method("3D, labels only", "own", "labels_only", "3d")
 MEAN_OF_LABELS = Method("mean of both, labels only", "own", "labels_only", "mean")
 BOUND = Method("3D, all labels", "full", "labels_only", "3d")
+CONTROLS_OF_LONGER = [
+    Method("3D, labels only, in the epochs of labels first", "labels_first", "labels_only", "3d"),
+    Method("mean of both, labels only, in these epochs", "labels_first", "labels_only", "mean"),
+]
 BAR = [
     Method("2D, labels only", "own", "labels_only", "2d"),
     BASELINE,
     Method("3D, labels only, equal time", "long_3d", "labels_only", "3d"),
     MEAN_OF_LABELS,
     Method("mean of both, labels only, 3D for equal time", "long_3d", "labels_only", "mean"),
-    Method("3D, labels only, in the epochs of labels first", "labels_first", "labels_only", "3d"),
-    Method("mean of both, labels only, in these epochs", "labels_first", "labels_only", "mean"),
-    Method("3D, labels only, in the time of labels first", "longer_3d", "labels_only", "3d"),
+    *CONTROLS_OF_LONGER,
+    Method("3D, labels only, longer than labels first", "longer_3d", "labels_only", "3d"),
     Method("3D teaches itself", "self", "cotrain", "3d"),
     Method("3D, mean teacher", "mean_teacher", "cotrain", "3d"),
     Method("3D, cross pseudo supervision with another 3D", "cross_pseudo", "cotrain", "3d"),
@@ -114,9 +116,13 @@ BAR = [
     Method("3D taught by 2D, one way", "one_way", "cotrain", "3d"),
     Method("3D, recipe: paper", "paper", "cotrain", "3d"),
     Method("mean of both, recipe: paper", "paper", "cotrain", "mean"),
-    Method("3D, co-trained in rounds only", "rounds_only", "cotrain", "3d"),
-    Method("3D, labels first, in ours' epochs", "labels_first_short", "cotrain", "3d"),
-    Method("mean of both, labels first, in ours' epochs", "labels_first_short", "cotrain", "mean"),
+    Method("3D, labels first, in the epochs of 2D first", "labels_first_short", "cotrain", "3d"),
+    Method(
+        "mean of both, labels first, in the epochs of 2D first",
+        "labels_first_short",
+        "cotrain",
+        "mean",
+    ),
 ]
 """What the products must be above, to be worth their while: labels alone, and other ways to use the
 same unlabelled cases."""
@@ -131,6 +137,11 @@ LONGER = [
 ]
 """The same after a longer training: what `config/gpu.yaml` follows."""
 ALL_PRODUCTS = [*PRODUCTS, *LONGER]
+ORDERS = {
+    "2D first": (PRODUCTS, [BASELINE, MEAN_OF_LABELS]),
+    "labels first": (LONGER, CONTROLS_OF_LONGER),
+}
+"""What is trained first: the products, and the same networks on labels alone in the same steps."""
 METHODS = [
     Method("2D, random weights, labels only", "random_2d", "labels_only", "2d"),
     *BAR,
@@ -226,7 +237,6 @@ def experiments_of(
     own = check(content, source=DATA[data].config)
     epochs = epochs_of_3d(own)
     numbers = {
-        "spread": round(epochs / own.rounds),
         "epochs": epochs,
         "per_round": own.training_3d.epochs_per_round,
         "after_warmup": round((epochs - own.training_3d.epochs_per_round) / (own.rounds - 1)),
@@ -657,21 +667,24 @@ def numbers_of(by_number: dict[int, list[Standing]]) -> list[str]:
     by_number: how the methods stand, by the number of labelled cases.
     """
     lines = [
-        "| labelled | sets | 3D, labels only | 3D, co-trained | gain | mean of both, labels only "
-        "| mean of both, co-trained | gain |",
-        "|---|---|---|---|---|---|---|---|",
+        "| labelled | order | sets | 3D, labels only | 3D, co-trained | gain "
+        "| mean of both, labels only | mean of both, co-trained | gain |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for labelled, standings in by_number.items():
         named = {standing.method: standing for standing in standings}
-        cells = []
-        for control, product in zip((BASELINE, MEAN_OF_LABELS), PRODUCTS, strict=True):
-            if control not in named or product not in named:
-                cells += ["", "", ""]
+        for order, (products, controls) in ORDERS.items():
+            if products[0] not in named:
                 continue
-            before, after = named[control].dice, named[product].dice
-            cells += [mean_and_sd(before), mean_and_sd(after), _gain(after, before)]
-        sets = named[BASELINE].sets.index if BASELINE in named else []
-        lines.append(f"| {labelled} | {' '.join(map(str, sets))} | {' | '.join(cells)} |")
+            cells = []
+            for control, product in zip(controls, products, strict=True):
+                if control not in named or product not in named:
+                    cells += ["", "", ""]
+                    continue
+                before, after = named[control].dice, named[product].dice
+                cells += [mean_and_sd(before), mean_and_sd(after), _gain(after, before)]
+            sets = " ".join(map(str, named[products[0]].sets.index))
+            lines.append(f"| {labelled} | {order} | {sets} | {' | '.join(cells)} |")
     return lines
 
 
