@@ -15,6 +15,7 @@ were made when their scores were known.
 """
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -89,8 +90,9 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
 """Settings in which an experiment differs from the configuration file. The 3D network has as many
 epochs in all of them but four: `long_3d` gets the time of everything that co-training computes,
 `self`, whose teacher is the network on labels alone after all its epochs, about as much,
-`labels_first` the epochs of `self`, with 2D beside it, and `longer_3d` the time of all that. In as
-many epochs as the others the order of `labels_first` is `labels_first_short`."""
+`labels_first` the epochs of `self`, with 2D beside it, and `longer_3d` what is planned as the time
+of all that. In as many epochs as the others the order of `labels_first` is
+`labels_first_short`."""
 PEERS = {"mean_teacher": 0.94, "cross_pseudo": 0.48}
 """Peers trained by benchmarks/peers.py, and their 3D epochs as a share of long_3d's: what its time
 allows, with the teacher's or the second network's work in each step."""
@@ -99,14 +101,19 @@ MEAN_OF_LABELS = Method("mean of both, labels only", "own", "labels_only", "mean
 BOUND = Method("3D, all labels", "full", "labels_only", "3d")
 CONTROLS_OF_LONGER = [
     Method("3D, labels only, in the epochs of labels first", "labels_first", "labels_only", "3d"),
-    Method("mean of both, labels only, in these epochs", "labels_first", "labels_only", "mean"),
+    Method(
+        "mean of both, labels only, in the epochs of labels first",
+        "labels_first",
+        "labels_only",
+        "mean",
+    ),
 ]
 BAR = [
     Method("2D, labels only", "own", "labels_only", "2d"),
     BASELINE,
-    Method("3D, labels only, equal time", "long_3d", "labels_only", "3d"),
+    Method("3D, labels only, about equal time", "long_3d", "labels_only", "3d"),
     MEAN_OF_LABELS,
-    Method("mean of both, labels only, 3D for equal time", "long_3d", "labels_only", "mean"),
+    Method("mean of both, labels only, 3D for that time", "long_3d", "labels_only", "mean"),
     *CONTROLS_OF_LONGER,
     Method("3D, labels only, longer than labels first", "longer_3d", "labels_only", "3d"),
     Method("3D teaches itself", "self", "cotrain", "3d"),
@@ -674,17 +681,24 @@ def numbers_of(by_number: dict[int, list[Standing]]) -> list[str]:
     for labelled, standings in by_number.items():
         named = {standing.method: standing for standing in standings}
         for order, (products, controls) in ORDERS.items():
-            if products[0] not in named:
+            pairs = list(zip(controls, products, strict=True))
+            complete = [pair for pair in pairs if all(method in named for method in pair)]
+            if not complete:
                 continue
+            # Of the sets that all of them have: which cases are labelled moves every mean.
+            sets = named[complete[0][0]].sets.index
+            for method in itertools.chain(*complete):
+                sets = sets.intersection(named[method].sets.index)
             cells = []
-            for control, product in zip(controls, products, strict=True):
-                if control not in named or product not in named:
+            for pair in pairs:
+                if pair not in complete:
                     cells += ["", "", ""]
                     continue
-                before, after = named[control].dice, named[product].dice
+                before, after = (named[method].dice[sets] for method in pair)
                 cells += [mean_and_sd(before), mean_and_sd(after), _gain(after, before)]
-            sets = " ".join(map(str, named[products[0]].sets.index))
-            lines.append(f"| {labelled} | {order} | {sets} | {' | '.join(cells)} |")
+            lines.append(
+                f"| {labelled} | {order} | {' '.join(map(str, sets))} | {' | '.join(cells)} |"
+            )
     return lines
 
 

@@ -185,11 +185,16 @@ def test_an_interval_needs_three_sets_and_shows_on_which_side_of_zero_it_ends(ac
 
 
 def test_what_each_number_of_labels_gains_in_either_order_is_put_side_by_side(accuracy, stored):
-    # Labels first has its own control, of more epochs; here it starts higher and gains half.
+    # Labels first has a control of its own, of more epochs.
     longer = stored[stored["experiment"] == "own"].assign(experiment="labels_first")
     longer.loc[longer["arm"] == "labels_only", "dice"] = [0.73, 0.78, 0.66, 0.78]
+    # The mean of both, co-trained, and its control on the first set alone.
+    means = stored[stored["experiment"] == "own"].assign(network="mean")
+    means = means[(means["arm"] == "cotrain") | (means["set"] == 0)]
+    few = accuracy.standings_of(pd.concat([stored, means]))
     standings = accuracy.standings_of(pd.concat([stored, longer]))
-    assert accuracy.numbers_of({1: standings[:1], 4: standings})[2:] == [
+    assert accuracy.numbers_of({1: few, 2: few[:1], 4: standings})[2:] == [
+        "| 1 | 2D first | 0 | 75.0 | 77.0 | +2.0 | 75.0 | 77.0 | +2.0 |",
         "| 4 | 2D first | 0 1 | 72.5 ± 3.5 | 75.5 ± 2.1 | +3.0 |  |  |  |",
         "| 4 | labels first | 0 1 | 73.8 ± 2.5 | 75.5 ± 2.1 | +1.8 |  |  |  |",
     ]
