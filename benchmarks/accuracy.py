@@ -15,7 +15,6 @@ were made when their scores were known.
 """
 
 import argparse
-import itertools
 import json
 import re
 import subprocess
@@ -145,10 +144,10 @@ LONGER = [
 """The same after a longer training: what `config/gpu.yaml` follows."""
 ALL_PRODUCTS = [*PRODUCTS, *LONGER]
 ORDERS = {
-    "2D first": (PRODUCTS, [BASELINE, MEAN_OF_LABELS]),
-    "labels first": (LONGER, CONTROLS_OF_LONGER),
+    "2D first": list(zip((BASELINE, MEAN_OF_LABELS), PRODUCTS, strict=True)),
+    "labels first": list(zip(CONTROLS_OF_LONGER, LONGER, strict=True)),
 }
-"""What is trained first: the products, and the same networks on labels alone in the same steps."""
+"""What is trained first: each product behind the same networks on labels alone in as many steps."""
 METHODS = [
     Method("2D, random weights, labels only", "random_2d", "labels_only", "2d"),
     *BAR,
@@ -680,15 +679,13 @@ def numbers_of(by_number: dict[int, list[Standing]]) -> list[str]:
     ]
     for labelled, standings in by_number.items():
         named = {standing.method: standing for standing in standings}
-        for order, (products, controls) in ORDERS.items():
-            pairs = list(zip(controls, products, strict=True))
+        for order, pairs in ORDERS.items():
             complete = [pair for pair in pairs if all(method in named for method in pair)]
             if not complete:
                 continue
             # Of the sets that all of them have: which cases are labelled moves every mean.
-            sets = named[complete[0][0]].sets.index
-            for method in itertools.chain(*complete):
-                sets = sets.intersection(named[method].sets.index)
+            scored = [named[method].dice for pair in complete for method in pair]
+            sets = pd.concat(scored, axis=1, join="inner").index
             cells = []
             for pair in pairs:
                 if pair not in complete:
