@@ -1,7 +1,7 @@
 # make demo: set up, make the demo's data, run everything, print the table.
 # make test: set up and run all tests that a fresh machine can.
 # make bench-accuracy DATA=left_atrium DATA_FOLDER=/path/to/LeftAtrium_1.25mm: train and score what is
-#   missing of the benchmark (hours), and redraw its docs; OPTIONS="--sets 0 --experiments own"
+#   missing of the benchmark (hours), and redraw its docs; OPTIONS="--sets 0 --experiments labels_first"
 PYTHON ?= python3
 VENV ?= .venv
 CORES ?= all

@@ -60,45 +60,50 @@ class Method(NamedTuple):
     back: int = 0
 
 
-LABELS_FIRST = {
-    "cotraining.first_teacher": "both_labels_only",
-    "training_3d.warmup_epochs": "{epochs}",
-}
+FIRST_2D = {"cotraining.first_teacher": "2d"}
 EXPERIMENTS: dict[str, dict[str, str]] = {
-    "own": {},
+    "labels_first": {},
+    "2d_first": FIRST_2D,
     "paper": {
         "recipe": "paper",
         "cotraining": "{{}}",
         "training_3d.warmup_epochs": "{per_round}",
         "training_3d.epochs_per_round": "{after_warmup}",
     },
-    "one_way": {"cotraining.teacher": "2d"},
-    "self": {"cotraining.teacher": "self", **LABELS_FIRST},
-    "labels_first": LABELS_FIRST,
+    "one_way": {**FIRST_2D, "cotraining.teacher": "2d"},
+    "self": {"cotraining.teacher": "self"},
     "labels_first_short": {
-        **LABELS_FIRST,
         "training_3d.warmup_epochs": "{short_first}",
         "training_3d.epochs_per_round": "{short_round}",
         "cotraining.last_epochs": "{short_last}",
     },
-    "random_2d": {"network_2d.weights": "random"},
-    "long_3d": {"training_3d.epochs_per_round": "{long}", "cotraining.last_epochs": "0"},
-    "longer_3d": {"training_3d.epochs_per_round": "{longer}", "cotraining.last_epochs": "0"},
-    "full": {},
+    "random_2d": {**FIRST_2D, "network_2d.weights": "random"},
+    "long_3d": {
+        **FIRST_2D,
+        "training_3d.epochs_per_round": "{long}",
+        "cotraining.last_epochs": "0",
+    },
+    "longer_3d": {
+        **FIRST_2D,
+        "training_3d.epochs_per_round": "{longer}",
+        "cotraining.last_epochs": "0",
+    },
+    "full": FIRST_2D,
 }
-"""Settings in which an experiment differs from the configuration file. The 3D network has as many
-epochs in all of them but four: `long_3d` gets the time of everything that co-training computes,
-`self`, whose teacher is the network on labels alone after all its epochs, about as much,
-`labels_first` the epochs of `self`, with 2D beside it, and `longer_3d` what is planned as the time
-of all that. In as many epochs as the others the order of `labels_first` is
-`labels_first_short`."""
+"""Settings in which an experiment differs from the configuration file, whose order is
+`labels_first`. The 3D network has as many epochs in all others but three: `self` has those of the
+file, without 2D, `long_3d` gets the time of everything that `2d_first` computes, and `longer_3d`
+what is planned as the time of `labels_first`. In as many epochs as `2d_first` the order of the file
+is `labels_first_short`."""
 PEERS = {"mean_teacher": 0.94, "cross_pseudo": 0.48}
 """Peers trained by benchmarks/peers.py, and their 3D epochs as a share of long_3d's: what its time
 allows, with the teacher's or the second network's work in each step."""
-BASELINE = Method("3D, labels only", "own", "labels_only", "3d")
-MEAN_OF_LABELS = Method("mean of both, labels only", "own", "labels_only", "mean")
+BASELINE = Method("3D, labels only, in the epochs of 2D first", "2d_first", "labels_only", "3d")
+MEAN_OF_LABELS = Method(
+    "mean of both, labels only, in the epochs of 2D first", "2d_first", "labels_only", "mean"
+)
 BOUND = Method("3D, all labels", "full", "labels_only", "3d")
-CONTROLS_OF_LONGER = [
+CONTROLS_OF_PRODUCTS = [
     Method("3D, labels only, in the epochs of labels first", "labels_first", "labels_only", "3d"),
     Method(
         "mean of both, labels only, in the epochs of labels first",
@@ -108,18 +113,23 @@ CONTROLS_OF_LONGER = [
     ),
 ]
 BAR = [
-    Method("2D, labels only", "own", "labels_only", "2d"),
+    Method("2D, labels only", "2d_first", "labels_only", "2d"),
     BASELINE,
-    Method("3D, labels only, about equal time", "long_3d", "labels_only", "3d"),
+    Method("3D, labels only, for about the time of 2D first", "long_3d", "labels_only", "3d"),
     MEAN_OF_LABELS,
-    Method("mean of both, labels only, 3D for that time", "long_3d", "labels_only", "mean"),
-    *CONTROLS_OF_LONGER,
+    Method(
+        "mean of both, labels only, 3D for about the time of 2D first",
+        "long_3d",
+        "labels_only",
+        "mean",
+    ),
+    *CONTROLS_OF_PRODUCTS,
     Method("3D, labels only, longer than labels first", "longer_3d", "labels_only", "3d"),
     Method("3D teaches itself", "self", "cotrain", "3d"),
     Method("3D, mean teacher", "mean_teacher", "cotrain", "3d"),
     Method("3D, cross pseudo supervision with another 3D", "cross_pseudo", "cotrain", "3d"),
     Method("mean of two 3D, cross pseudo supervision", "cross_pseudo", "cotrain", "mean"),
-    Method("3D taught by 2D, one way", "one_way", "cotrain", "3d"),
+    Method("3D taught by 2D, one way, 2D first", "one_way", "cotrain", "3d"),
     Method("3D, recipe: paper", "paper", "cotrain", "3d"),
     Method("mean of both, recipe: paper", "paper", "cotrain", "mean"),
     Method("3D, labels first, in the epochs of 2D first", "labels_first_short", "cotrain", "3d"),
@@ -133,26 +143,28 @@ BAR = [
 """What the products must be above, to be worth their while: labels alone, and other ways to use the
 same unlabelled cases."""
 PRODUCTS = [
-    Method("3D, co-trained", "own", "cotrain", "3d"),
-    Method("mean of both, co-trained", "own", "cotrain", "mean"),
-]
-"""What a run ends with: the exported 3D network, and the mean that `cotrain predict` takes."""
-LONGER = [
     Method("3D, co-trained, labels first", "labels_first", "cotrain", "3d"),
     Method("mean of both, co-trained, labels first", "labels_first", "cotrain", "mean"),
 ]
-"""The same after a longer training: what `config/gpu.yaml` follows."""
-ALL_PRODUCTS = [*PRODUCTS, *LONGER]
+"""What a run ends with: the exported 3D network, and the mean that `cotrain predict` takes."""
+SHORTER = [
+    Method("3D, co-trained, 2D first", "2d_first", "cotrain", "3d"),
+    Method("mean of both, co-trained, 2D first", "2d_first", "cotrain", "mean"),
+]
+"""The same of a run in which 2D teaches first, which trains 3D for shorter."""
+ALL_PRODUCTS = [*PRODUCTS, *SHORTER]
 ORDERS = {
-    "2D first": list(zip((BASELINE, MEAN_OF_LABELS), PRODUCTS, strict=True)),
-    "labels first": list(zip(CONTROLS_OF_LONGER, LONGER, strict=True)),
+    "labels first": list(zip(CONTROLS_OF_PRODUCTS, PRODUCTS, strict=True)),
+    "2D first": list(zip((BASELINE, MEAN_OF_LABELS), SHORTER, strict=True)),
 }
 """What is trained first: each product behind the same networks on labels alone in as many steps."""
 METHODS = [
     Method("2D, random weights, labels only", "random_2d", "labels_only", "2d"),
     *BAR,
-    Method("2D, co-trained", "own", "cotrain", "2d"),
-    Method("3D, co-trained, before the last training", "own", "cotrain", "3d", back=1),
+    Method("2D, co-trained, 2D first", "2d_first", "cotrain", "2d"),
+    Method(
+        "3D, co-trained, 2D first, before the last training", "2d_first", "cotrain", "3d", back=1
+    ),
     *ALL_PRODUCTS,
     BOUND,
 ]
@@ -227,9 +239,10 @@ def name_of(data: str, labelled: int, block: int, experiment: str) -> str:
     return f"accuracy_{data}_{number}_set{block}_{experiment}"
 
 
-def epochs_of_3d(own: Settings) -> int:
+def epochs_of_3d(settings: Settings) -> int:
     """Return all epochs of the 3D network in an experiment whose first teacher is 2D."""
-    return own.rounds * own.training_3d.epochs_per_round + own.cotraining.last_epochs
+    per_round = settings.training_3d.epochs_per_round
+    return settings.rounds * per_round + settings.cotraining.last_epochs
 
 
 def experiments_of(
@@ -240,23 +253,22 @@ def experiments_of(
     sets: (labelled cases, block). The settings are keyed by (labelled, block, experiment).
     """
     content = yaml.safe_load((CLONE / DATA[data].config).read_text())
-    own = check(content, source=DATA[data].config)
-    epochs = epochs_of_3d(own)
+    file = check(content, source=DATA[data].config)
+    epochs, per_round = epochs_of_3d(file), file.training_3d.epochs_per_round
     numbers = {
-        "epochs": epochs,
-        "per_round": own.training_3d.epochs_per_round,
-        "after_warmup": round((epochs - own.training_3d.epochs_per_round) / (own.rounds - 1)),
-        "long": round(epochs / DATA[data].share_of_3d / own.rounds),
+        "per_round": per_round,
+        "after_warmup": round((epochs - per_round) / (file.rounds - 1)),
+        "long": round(epochs / DATA[data].share_of_3d / file.rounds),
     }
-    # Its first round is no longer 3D's first one.
-    epochs_of_labels_first = 2 * epochs - own.training_3d.epochs_per_round
+    # Its first round is 3D's warm-up, beside which 2D computes as much as in `2d_first`.
+    epochs_of_labels_first = epochs - per_round + file.training_3d.warmup_epochs
     more = epochs_of_labels_first - epochs
-    numbers["longer"] = round((epochs / DATA[data].share_of_3d + more) / own.rounds)
+    numbers["longer"] = round((epochs / DATA[data].share_of_3d + more) / file.rounds)
     # All phases of `labels_first` shorter by the same factor.
     shorter = epochs / epochs_of_labels_first
-    short_round = round(shorter * own.training_3d.epochs_per_round)
-    short_last = round(shorter * own.cotraining.last_epochs)
-    short_first = epochs - (own.rounds - 1) * short_round - short_last
+    short_round = round(shorter * per_round)
+    short_last = round(shorter * file.cotraining.last_epochs)
+    short_first = epochs - (file.rounds - 1) * short_round - short_last
     numbers |= {"short_round": short_round, "short_last": short_last, "short_first": short_first}
     cases = read_table(CLONE / DATA[data].cases)
     rows, names = {}, {}
@@ -316,14 +328,16 @@ def run(arguments: argparse.Namespace) -> None:
     methods = [method for method in asked if method.experiment in EXPERIMENTS]
     peers = [method for method in asked if method.experiment in PEERS]
     # Peers train on its arrays.
-    experiments = [*dict.fromkeys([*(["own"] if peers else []), *(m.experiment for m in methods)])]
+    experiments = [
+        *dict.fromkeys([*(["2d_first"] if peers else []), *(m.experiment for m in methods)])
+    ]
     sets = [(labelled, block) for labelled in arguments.labelled for block in arguments.sets]
     folder = CLONE / "data" / "accuracy" / arguments.data
     table, settings = experiments_of(arguments.data, sets, experiments, folder)
     for place in sets:
         for method in peers:
             name = name_of(arguments.data, *place, method.experiment)
-            settings[*place, method.experiment] = settings[*place, "own"].model_copy(
+            settings[*place, method.experiment] = settings[*place, "2d_first"].model_copy(
                 update={"experiment": name}
             )
     run_workflow(arguments, table, settings, sets, methods, with_peers=bool(peers))
@@ -354,7 +368,7 @@ def run_workflow(
             # The last masks teach nobody, but show on unlabelled cases what training has brought.
             targets.add(f"{last}/pseudo_3d/manifest-0.tsv")
     for place in sets if with_peers else []:
-        own = f"results/{settings[*place, 'own'].experiment}"
+        own = f"results/{settings[*place, '2d_first'].experiment}"
         targets |= {f"{own}/settings/{stage}.yaml" for stage in ("train_3d", "infer")}
         targets |= {
             f"{own}/preprocessed/{split}/manifest-0.tsv"
@@ -379,7 +393,7 @@ def run_peers(
     peers: list[Method],
 ) -> None:
     """Train and score the peers that are missing or outdated on a labelled set, side by side."""
-    own = settings.get((*place, "own"))
+    base = settings.get((*place, "2d_first"))
     running = []
     for peer in dict.fromkeys(method.experiment for method in peers):
         results = CLONE / "results" / settings[*place, peer].experiment
@@ -388,12 +402,12 @@ def run_peers(
             for method in peers
             if method.experiment == peer
         }
-        epochs = round(PEERS[peer] * epochs_of_3d(own) / DATA[data].share_of_3d)
+        epochs = round(PEERS[peer] * epochs_of_3d(base) / DATA[data].share_of_3d)
         used = ["preprocessed/plans.json", "settings/train_3d.yaml", "settings/infer.yaml"]
         used += [f"cases/{split}.tsv" for split in ("labelled", "unlabelled", "test")]
-        made_of = {each: sha256_of(CLONE / "results" / own.experiment / each) for each in used}
+        made_of = {each: sha256_of(CLONE / "results" / base.experiment / each) for each in used}
         made_of |= {"peers.py": sha256_of(CLONE / "benchmarks" / "peers.py"), "epochs": epochs}
-        made_of["precision"] = precision_of(own.compute, device_of(own.compute), training=True)
+        made_of["precision"] = precision_of(base.compute, device_of(base.compute), training=True)
         note = results / "made_of.json"
         is_made = all(each.is_file() for each in scores.values()) and note.is_file()
         if is_made and json.loads(note.read_text()) == made_of:
@@ -404,8 +418,8 @@ def run_peers(
         command = [sys.executable, CLONE / "benchmarks" / "peers.py"]
         command += ["--peer", peer, "--epochs", epochs, "--scores", scores["3d"]]
         command += ["--scores-of-mean", scores["mean"]] if "mean" in scores else []
-        command += ["--experiment", CLONE / "results" / own.experiment, "--out-dir", results]
-        command += ["--labels", *(f"{label}={value}" for label, value in own.labels.items())]
+        command += ["--experiment", CLONE / "results" / base.experiment, "--out-dir", results]
+        command += ["--labels", *(f"{label}={value}" for label, value in base.labels.items())]
         running.append(subprocess.Popen([str(word) for word in command], cwd=CLONE))
     if any([process.wait() for process in running]):
         raise InputError("A peer was not trained; its error is above.")
@@ -619,7 +633,7 @@ def table_of(standings: list[Standing]) -> list[str]:
 
 def bar_for(product: Method) -> list[Method]:
     """Return what a product must be above: after longer training, the shorter one, too."""
-    return [*BAR, *PRODUCTS] if product in LONGER else BAR
+    return [*BAR, *SHORTER] if product in PRODUCTS else BAR
 
 
 def answer_of(standings: list[Standing]) -> list[str]:

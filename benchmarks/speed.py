@@ -222,11 +222,14 @@ def stage_of(name: str, **sections: object) -> Section:
 def train_stage(
     *, training: dict, share: float = 0, precision: str = "auto", network: str = "3d"
 ) -> Section:
-    """Return our default settings of a network's training with a constant unlabelled share."""
+    """Return settings of a network that is taught from its first step, by a constant share."""
     return stage_of(
         f"train_{network}",
         **{f"training_{network}": training},
-        cotraining={"sampling": {"mode": "ramp", "share_start": share, "share_end": share}},
+        cotraining={
+            "first_teacher": "2d",
+            "sampling": {"share_start": share, "share_end": share},
+        },
         compute={"device": "cpu", "precision": precision},
     )
 

@@ -57,7 +57,12 @@ SETTINGS = {
     "network_3d": {"features_per_stage": [4, 8], "patch_size": [12, 16, 32], "batch_size": 2},
     "training_2d": {"iterations_per_epoch": 2, "warmup_epochs": 2, "epochs_per_round": 4},
     "training_3d": {"iterations_per_epoch": 8, "epochs_per_round": 4, "learning_rate": 0.03},
-    "cotraining": {"sampling": {"mode": "ramp", "share_start": 0.5, "share_end": 0.5}},
+    # 3D is taught from its first step on, so that one training has pseudo-masks.
+    "cotraining": {
+        "first_teacher": "2d",
+        "sampling": {"share_start": 0.5, "share_end": 0.5},
+        "last_epochs": 0,
+    },
     "compute": {"device": "cpu"},
 }
 MONAI_NETWORKS = Path(__file__).parents[1] / "config" / "networks" / "monai_networks.py"

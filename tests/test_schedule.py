@@ -7,10 +7,12 @@ from cotrain.schedule import Schedule
 from cotrain.settings import Cotraining, Training
 
 TRAINING = Training(learning_rate=1.0, iterations_per_epoch=10, warmup_epochs=4, epochs_per_round=2)
+ROUNDS = {"schedule_rounds": 3, "first_teacher": "2d"}
+LABELLED = {"min_labelled_per_batch": 1}
 
 
 def schedule(network="2d", training=TRAINING, **cotraining):
-    return Schedule(network, training, Cotraining(**{"schedule_rounds": 3, **cotraining}))
+    return Schedule(network, training, Cotraining(**{**ROUNDS, **cotraining}))
 
 
 def test_rounds_follow_each_other_without_a_gap():
@@ -43,7 +45,7 @@ def test_a_round_beyond_the_schedule_repeats_the_last_scheduled_stretch():
 
 def test_a_last_training_follows_the_rounds_and_restarts_rate_and_share():
     cotraining = Cotraining(
-        schedule_rounds=3,
+        **ROUNDS,
         learning_rate_restart=0.5,
         last_epochs=6,
         sampling={"mode": "ramp", "share_start": 0.2, "share_end": 0.6},
@@ -63,7 +65,7 @@ def test_a_last_training_follows_the_rounds_and_restarts_rate_and_share():
 
 
 def test_share_is_one_minus_relative_rate_up_to_the_cap():
-    plan = schedule("2d", learning_rate_restart=1.0, sampling={"mode": "learning_rate"})
+    plan = schedule("2d", learning_rate_restart=1.0, sampling=LABELLED | {"mode": "learning_rate"})
     assert plan.wanted_share(plan.window(1), 4, 0, batch_size=4) == 0
     assert plan.wanted_share(plan.window(2), 6, 0, batch_size=4) == pytest.approx(0.5)
     assert plan.wanted_share(plan.window(2), 7, 9, batch_size=4) == 0.75
@@ -101,10 +103,11 @@ def test_fractional_shares_are_exact_over_time_at_batch_size_two():
     assert counts.sum() == 24
 
 
-def test_a_labelled_sample_is_always_in_the_batch():
-    plan = schedule("3d", sampling={"mode": "ramp", "share_start": 1.0, "share_end": 1.0})
+@pytest.mark.parametrize(("least", "unlabelled"), [(LABELLED, 1), ({}, 2)])
+def test_a_batch_holds_as_many_labelled_samples_as_asked_for(least, unlabelled):
+    plan = schedule("3d", sampling=least | {"share_start": 1.0, "share_end": 1.0})
     for epoch in range(2):
-        assert plan.unlabelled_counts(plan.window(0), epoch, 2).max() == 1
+        assert plan.unlabelled_counts(plan.window(0), epoch, 2).max() == unlabelled
 
 
 def test_round_00_on_labels_draws_no_unlabelled_sample():

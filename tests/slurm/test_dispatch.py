@@ -70,13 +70,14 @@ def test_the_literal_command_runs_everything(planned_project, cluster, tmp_path)
         rounds=1,
         training_2d={"iterations_per_epoch": 2, "warmup_epochs": 2, "epochs_per_round": 1},
         training_3d={"iterations_per_epoch": 2, "warmup_epochs": 2, "epochs_per_round": 1},
+        cotraining={"last_epochs": 1},
         shards=2,
     )
     project.run()
     assert list((folder / RESULTS / "model").glob("**/checkpoint_final.pth"))
     jobs = [job for job in cluster.history() if job["WorkDir"] == str(folder)]
     assert {job["JobState"] for job in jobs} == {"COMPLETED"}
-    assert sum("rule_infer_pseudo_masks" in job["Comment"] for job in jobs) == 2 * 2
+    assert sum("rule_infer_pseudo_masks" in job["Comment"] for job in jobs) == 3 * 2
     # What SLURM said is kept for failed jobs only.
     assert not list(folder.glob(".snakemake/slurm_logs/**/*.log"))
     # What a job wrote down of itself is what the next command asks for.

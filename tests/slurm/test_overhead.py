@@ -40,7 +40,7 @@ def long_rounds(planned_project, cluster, tmp_path) -> Project:
         rounds=2,
         training_2d=TRAINING,
         training_3d={**TRAINING, "epochs_per_round": 16},
-        cotraining={"schedule_rounds": 2},
+        cotraining={"first_teacher": "2d", "schedule_rounds": 2, "last_epochs": 0},
     )
     return project
 

@@ -101,6 +101,12 @@ def test_every_ready_config_is_valid():
         load(path)
 
 
+def test_the_ready_configs_follow_the_built_in_recipe_but_for_its_length():
+    for path in (CLONE / "config").glob("*.yaml"):
+        cotraining = yaml.safe_load(path.read_text()).get("cotraining", {})
+        assert cotraining.keys() <= {"last_epochs", "schedule_rounds"}, path
+
+
 def test_the_profiles_hold_different_keys():
     """The default profile wins over `--profile slurm`, so a key in both would be dead there."""
     default = yaml.safe_load((CLONE / "profiles/default/config.yaml").read_text())

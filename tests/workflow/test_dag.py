@@ -83,8 +83,18 @@ def snakemake(folder: Path, *options: str, **more_environment: str) -> subproces
 
 
 def settings_file(folder: Path, **changes: object) -> Path:
-    """Write the test's settings with `changes` (`a__b=1` sets `b` in section `a`)."""
-    content = {"experiment": "tiny", "cases": "cases.tsv", "labels": {"a": 1, "b": 2}, "rounds": 2}
+    """Write the test's settings with `changes` (`a__b=1` sets `b` in section `a`).
+
+    Where nothing else is said 2D teaches first, and no training follows the rounds: `cotraining={}`
+    has the defaults.
+    """
+    content = {
+        "experiment": "tiny",
+        "cases": "cases.tsv",
+        "labels": {"a": 1, "b": 2},
+        "rounds": 2,
+        "cotraining": {"first_teacher": "2d", "last_epochs": 0},
+    }
     for key, value in changes.items():
         *sections, name = key.split("__")
         section = content
@@ -161,6 +171,14 @@ def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def finished_by_default(project: Path) -> Path:
+    """A project whose two rounds and last training are done, by the default recipe."""
+    ran = snakemake(project, "--configfile", str(settings_file(project, cotraining={})))
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return project
+
+
+@pytest.fixture
 def finished(finished_once: Path, tmp_path: Path) -> Path:
     """A copy of that project, to change; times of change are kept."""
     copy = tmp_path / "project"
@@ -198,6 +216,20 @@ def test_two_rounds_have_the_jobs_counted_by_hand(project: Path):
         "export": 1,
         "all": 1,
     }  # fmt: skip
+
+
+def test_by_default_there_are_the_jobs_counted_by_hand(project: Path):
+    jobs = planned(project, cotraining={}).jobs
+    # 2 arms x (2 networks x 2 rounds + the last of 3D), without the control's round 00
+    assert jobs["train"] == 2 * 5 - 2
+    # of every co-trained network, also the last, for the page that shows all rounds
+    assert jobs["infer_pseudo_masks"] == 5
+    # the means that teach 2D and 3D in round 01, and 3D at the end
+    assert jobs["merge_pseudo_masks"] == jobs["audit"] == 3
+    # what was trained on labels alone is the same in both arms, and infers its test masks once
+    assert jobs["infer_test_masks"] == 8
+    # 2 arms x (2 networks x 3 + the mean of both at the end)
+    assert jobs["evaluate"] == 14
 
 
 def test_jobs_do_not_grow_with_the_number_of_cases(tmp_path: Path):
@@ -342,6 +374,19 @@ def test_the_mean_of_both_latest_mask_sets_teaches(project: Path):
     ]
 
 
+def test_by_default_both_train_on_labels_first_and_3d_once_more_at_the_end(project: Path):
+    assert planned(project, cotraining={}).teachers() == {
+        "cotrain/round-00/train_2d": "",
+        "cotrain/round-00/train_3d": "",
+        "cotrain/round-01/train_2d": "round-01/teacher_2d",
+        "cotrain/round-01/train_3d": "round-01/teacher_3d",
+        "cotrain/round-02/train_3d": "round-02/teacher_3d",
+        "labels_only/round-01/train_2d": "",
+        "labels_only/round-01/train_3d": "",
+        "labels_only/round-02/train_3d": "",
+    }
+
+
 @pytest.mark.parametrize("teacher", ["other", "mean"])
 def test_with_both_labels_only_nobody_is_taught_in_round_00(project: Path, teacher: str):
     plan = planned(
@@ -386,7 +431,7 @@ def test_with_teacher_self_each_network_learns_from_its_own_masks(project: Path)
     }
 
 
-LAST = {"rounds": 2, "cotraining__last_epochs": 5}
+LAST = {"rounds": 2, "cotraining": {"last_epochs": 5}}
 
 
 def test_after_the_rounds_3d_alone_learns_from_the_mean_of_all_last_masks(project: Path):
@@ -672,6 +717,24 @@ def test_an_added_unlabelled_case_retrains_what_it_teaches_and_no_control(finish
     # The test cases' list follows that of the unlabelled ones.
     assert {each.get("--list") for each in plan.of("check-data")} == {"unlabelled", "test", None}
     assert {Path(each["--cases"]).stem for each in plan.of("preprocess")} == {"unlabelled", "test"}
+
+
+def test_by_default_more_unlabelled_cases_and_rounds_leave_round_00_as_it_is(
+    finished_by_default: Path,
+):
+    assert not planned(finished_by_default, cotraining={}).jobs
+    taught = {"cotrain/round-01/train_2d", "cotrain/round-01/train_3d"}
+    more_rounds = planned(finished_by_default, cotraining={}, rounds=3).trained()
+    assert more_rounds == {
+        f"{arm}/round-{round}/train_{network}"
+        for arm in ("cotrain", "labels_only")
+        for round, network in (("02", "2d"), ("02", "3d"), ("03", "3d"))
+    }
+    (finished_by_default / "more.nii.gz").touch()
+    with open(finished_by_default / "cases.tsv", "a") as table:
+        table.write(f"more\t{finished_by_default}/more.nii.gz\t\tunlabelled\n")
+    more_cases = planned(finished_by_default, cotraining={}).trained()
+    assert more_cases == taught | {"cotrain/round-02/train_3d"}
 
 
 def test_a_corrected_unlabelled_image_is_segmented_anew(finished: Path, finished_once: Path):

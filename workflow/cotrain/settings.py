@@ -149,7 +149,7 @@ class Sampling(Section):
     """Learning-rate-guided sampling: the unlabelled share of a batch over the co-training phase."""
 
     mode: Literal["learning_rate", "reference", "ramp"] = Field(
-        "learning_rate",
+        "ramp",
         description="learning_rate: 1 - rate / highest rate of the phase (the paper's words); "
         "reference: the released code's staircase of fifths; ramp: linear from share_start to "
         "share_end.",
@@ -157,17 +157,23 @@ class Sampling(Section):
     share_start: Share = Field(0.25, description="ramp: unlabelled share at the start.")
     share_end: Share = Field(0.75, description="ramp: unlabelled share at the end.")
     min_labelled_per_batch: int = Field(
-        1, ge=0, description="Labelled samples that every batch holds, whatever the share."
+        0,
+        ge=0,
+        description="Labelled samples that every batch holds, whatever the share; 0: a batch may "
+        "hold pseudo-masks alone; the paper: 1.",
     )
 
 
 class Cotraining(Section):
-    """Who teaches whom, and how the rate restarts."""
+    """Who teaches whom, and how the rate restarts.
+
+    The defaults are what docs/accuracy.md calls labels first, but for `last_epochs`.
+    """
 
     first_teacher: Literal["2d", "both_labels_only"] = Field(
-        "2d",
-        description="Round 00: the 2D network trains on labels and teaches 3D at once (2d), or "
-        "both train on labels alone (both_labels_only, the paper's warm-up).",
+        "both_labels_only",
+        description="Round 00: both networks train on labels alone (both_labels_only, as in the "
+        "paper), or 2D does and teaches 3D at once (2d), which leaves out 3D's warm-up.",
     )
     teacher: Literal["other", "mean", "2d", "self"] = Field(
         "mean",
@@ -192,12 +198,12 @@ class Cotraining(Section):
     schedule_rounds: int = Field(
         3,
         ge=2,
-        description="Rounds (round 00 included) over which the rate anneals to 0. Rounds beyond "
-        "repeat the last one's stretch of the schedule, so that rounds can be added to a "
-        "finished run without training the earlier ones again.",
+        description="Rounds, counted with round 00, by whose end the rate of co-training has "
+        "annealed to 0. Rounds beyond repeat the last one's stretch of the schedule, so that "
+        "rounds can be added to a finished run without training the earlier ones again.",
     )
     last_epochs: int = Field(
-        0,
+        50,
         ge=0,
         description="Epochs of one last training of the 3D network after the rounds, at a rate "
         "that restarts: it learns from the mean of both networks' last masks (from 2D's or its own "

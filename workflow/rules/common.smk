@@ -513,6 +513,16 @@ def pseudo_masks_of(experiment, rounds):
 # ----------------------------------------------------------------------------------- report
 
 
+def anneals_over_other_rounds(settings):
+    """Return whether the rate of co-training does not end where the rounds do.
+
+    A single round on labels alone has none.
+    """
+    cotraining = settings.cotraining
+    is_taught_in_rounds = settings.rounds > 1 or cotraining.first_teacher == "2d"
+    return is_taught_in_rounds and settings.rounds != cotraining.schedule_rounds
+
+
 def note_of(wildcards):
     """Return what every summary must say about the experiment."""
     settings, notes = settings_of(wildcards), []
@@ -521,7 +531,7 @@ def note_of(wildcards):
             "Transductive: the test images, without their labels, were among the images that got "
             "pseudo-masks."
         )
-    if settings.rounds != settings.cotraining.schedule_rounds:
+    if anneals_over_other_rounds(settings):
         notes.append(
             f"The rate anneals to 0 over {settings.cotraining.schedule_rounds} rounds "
             f"(cotraining.schedule_rounds), but {settings.rounds} were run."
