@@ -91,10 +91,9 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     "full": FIRST_2D,
 }
 """Settings in which an experiment differs from the configuration file, whose order is
-`labels_first`. The 3D network has as many epochs in all others but three: `self` has those of the
-file, without 2D, `long_3d` gets the time of everything that `2d_first` computes, and `longer_3d`
-what is planned as the time of `labels_first`. In as many epochs as `2d_first` the order of the file
-is `labels_first_short`."""
+`labels_first`. All others have as many epochs of 3D as `2d_first`, but for three: `self` has those
+of the file, without 2D, `long_3d` gets the time of everything that `2d_first` computes, and
+`longer_3d` what is planned as the time of `labels_first`."""
 PEERS = {"mean_teacher": 0.94, "cross_pseudo": 0.48}
 """Peers trained by benchmarks/peers.py, and their 3D epochs as a share of long_3d's: what its time
 allows, with the teacher's or the second network's work in each step."""
