@@ -232,6 +232,25 @@ def test_by_default_there_are_the_jobs_counted_by_hand(project: Path):
     assert jobs["evaluate"] == 14
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"rounds": 1, "cotraining": {}}, False),
+        ({"rounds": 1}, True),
+        ({"rounds": 2, "cotraining": {}}, True),
+        ({"rounds": 3, "cotraining": {}}, False),
+    ],
+)
+def test_a_rate_that_anneals_over_more_rounds_than_are_run_is_told(
+    project: Path, changes: dict, told: bool
+):
+    config = settings_file(project, **changes)
+    ran = snakemake(project, "-n", "--configfile", str(config))
+    assert ran.returncode == 0, ran.stderr
+    assert ("the rate anneals to 0 over 3 rounds" in ran.stdout + ran.stderr) == told
+    assert ("The rate anneals to 0 over 3 rounds" in ran.stdout) == told
+
+
 def test_jobs_do_not_grow_with_the_number_of_cases(tmp_path: Path):
     plans = []
     for name, unlabelled in (("few", 4), ("many", 400)):

@@ -20,7 +20,7 @@ def say_what_is_easily_missed():
     """Warn of settings that are allowed and hardly meant, before anything is computed."""
     for experiment, settings in SETTINGS.items():
         scheduled = settings.cotraining.schedule_rounds
-        if settings.rounds < scheduled and anneals_over_other_rounds(settings):
+        if settings.rounds < scheduled and anneals_over_other_rounds(experiment):
             logger.warning(
                 f"{experiment}: the rate anneals to 0 over {scheduled} rounds "
                 f"(cotraining.schedule_rounds), but only {settings.rounds} are run (rounds)."

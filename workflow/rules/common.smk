@@ -513,14 +513,16 @@ def pseudo_masks_of(experiment, rounds):
 # ----------------------------------------------------------------------------------- report
 
 
-def anneals_over_other_rounds(settings):
+def anneals_over_other_rounds(experiment):
     """Return whether the rate of co-training does not end where the rounds do.
 
-    A single round on labels alone has none.
+    A single round on labels alone has no such rate, and the last training one of its own.
     """
-    cotraining = settings.cotraining
-    is_taught_in_rounds = settings.rounds > 1 or cotraining.first_teacher == "2d"
-    return is_taught_in_rounds and settings.rounds != cotraining.schedule_rounds
+    settings, last = SETTINGS[experiment], last_round_of(experiment)
+    is_taught_in_rounds = any(round != last for _, round in taught_in(experiment))
+    return (
+        is_taught_in_rounds and settings.rounds != settings.cotraining.schedule_rounds
+    )
 
 
 def note_of(wildcards):
@@ -531,7 +533,7 @@ def note_of(wildcards):
             "Transductive: the test images, without their labels, were among the images that got "
             "pseudo-masks."
         )
-    if anneals_over_other_rounds(settings):
+    if anneals_over_other_rounds(wildcards.experiment):
         notes.append(
             f"The rate anneals to 0 over {settings.cotraining.schedule_rounds} rounds "
             f"(cotraining.schedule_rounds), but {settings.rounds} were run."
