@@ -111,6 +111,7 @@ CONTROLS_OF_PRODUCTS = [
         "mean",
     ),
 ]
+SELF = Method("3D teaches itself", "self", "cotrain", "3d")
 BAR = [
     Method("2D, labels only", "2d_first", "labels_only", "2d"),
     BASELINE,
@@ -124,7 +125,7 @@ BAR = [
     ),
     *CONTROLS_OF_PRODUCTS,
     Method("3D, labels only, longer than labels first", "longer_3d", "labels_only", "3d"),
-    Method("3D teaches itself", "self", "cotrain", "3d"),
+    SELF,
     Method("3D, mean teacher", "mean_teacher", "cotrain", "3d"),
     Method("3D, cross pseudo supervision with another 3D", "cross_pseudo", "cotrain", "3d"),
     Method("mean of two 3D, cross pseudo supervision", "cross_pseudo", "cotrain", "mean"),
@@ -155,8 +156,10 @@ ALL_PRODUCTS = [*PRODUCTS, *SHORTER]
 ORDERS = {
     "labels first": list(zip(CONTROLS_OF_PRODUCTS, PRODUCTS, strict=True)),
     "2D first": list(zip((BASELINE, MEAN_OF_LABELS), SHORTER, strict=True)),
+    "no 2D, 3D teaches itself": [(CONTROLS_OF_PRODUCTS[0], SELF)],
 }
-"""What is trained first: each product behind the same networks on labels alone in as many steps."""
+"""What is trained first: each product, of 3D and of both, behind the same networks on labels alone
+in as many steps."""
 METHODS = [
     Method("2D, random weights, labels only", "random_2d", "labels_only", "2d"),
     *BAR,
@@ -706,6 +709,7 @@ def numbers_of(by_number: dict[int, list[Standing]]) -> list[str]:
                     continue
                 before, after = (named[method].dice[sets] for method in pair)
                 cells += [mean_and_sd(before), mean_and_sd(after), _gain(after, before)]
+            cells += [""] * (6 - len(cells))
             lines.append(
                 f"| {labelled} | {order} | {' '.join(map(str, sets))} | {' | '.join(cells)} |"
             )

@@ -209,11 +209,14 @@ def test_what_each_number_of_labels_gains_in_either_order_is_put_side_by_side(ac
     means = stored[stored["experiment"] == "2d_first"].assign(network="mean")
     means = means[(means["arm"] == "cotrain") | (means["set"] == 0)]
     few = accuracy.standings_of(pd.concat([stored, means]))
-    standings = accuracy.standings_of(pd.concat([stored, longer]))
+    # 3D that teaches itself has the epochs of labels first, and no 2D.
+    alone = longer[longer["arm"] == "cotrain"].assign(experiment="self")
+    standings = accuracy.standings_of(pd.concat([stored, longer, alone.iloc[:2]]))
     assert accuracy.numbers_of({1: few, 2: few[:1], 4: standings})[2:] == [
         "| 1 | 2D first | 0 | 75.0 | 77.0 | +2.0 | 75.0 | 77.0 | +2.0 |",
         "| 4 | labels first | 0 1 | 73.8 ± 2.5 | 75.5 ± 2.1 | +1.8 |  |  |  |",
         "| 4 | 2D first | 0 1 | 72.5 ± 3.5 | 75.5 ± 2.1 | +3.0 |  |  |  |",
+        "| 4 | no 2D, 3D teaches itself | 0 | 75.5 | 77.0 | +1.5 |  |  |  |",
     ]
 
 
