@@ -696,20 +696,21 @@ def numbers_of(by_number: dict[int, list[Standing]]) -> list[str]:
     for labelled, standings in by_number.items():
         named = {standing.method: standing for standing in standings}
         for order, pairs in ORDERS.items():
-            complete = [pair for pair in pairs if all(method in named for method in pair)]
+            complete = {
+                pair[1].network: pair for pair in pairs if all(method in named for method in pair)
+            }
             if not complete:
                 continue
             # Of the sets that all of them have: which cases are labelled moves every mean.
-            scored = [named[method].dice for pair in complete for method in pair]
+            scored = [named[method].dice for pair in complete.values() for method in pair]
             sets = pd.concat(scored, axis=1, join="inner").index
             cells = []
-            for pair in pairs:
-                if pair not in complete:
+            for network in ("3d", "mean"):
+                if network not in complete:
                     cells += ["", "", ""]
                     continue
-                before, after = (named[method].dice[sets] for method in pair)
+                before, after = (named[method].dice[sets] for method in complete[network])
                 cells += [mean_and_sd(before), mean_and_sd(after), _gain(after, before)]
-            cells += [""] * (6 - len(cells))
             lines.append(
                 f"| {labelled} | {order} | {' '.join(map(str, sets))} | {' | '.join(cells)} |"
             )
