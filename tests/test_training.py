@@ -196,6 +196,16 @@ def test_data_that_moved_or_were_shared_out_in_another_way_train_nothing_again(t
     assert learnt(told) == before
 
 
+def test_an_unlabelled_case_whose_mask_was_refused_may_leave_without_a_training(told, tmp_path):
+    told.audit.write_text(
+        "case\tsoft_sha256\taccepted\treason\na\t666\tfalse\tby ab\nc\t444\ttrue\t\n"
+    )
+    before = learnt(told)
+    change(tmp_path / "unlabelled/manifest-0.tsv", "a\t4x4x4\t111\n", "")
+    told.audit.write_text("case\tsoft_sha256\taccepted\treason\nc\t444\ttrue\t\n")
+    assert learnt(told) == before
+
+
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [

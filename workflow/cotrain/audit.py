@@ -209,13 +209,18 @@ def audit_row(
     }
 
 
+def accepted_in(audit: Path) -> pd.DataFrame:
+    """Return the rows of an audit table whose masks teach."""
+    table = read_table(audit)
+    return table[table["accepted"] == "true"]
+
+
 def learnt_from(audit: Path) -> str:
     """Return a hash of what a training learns from an audit table: the accepted soft masks.
 
     Who judged a mask, when and why may change without a word to the network.
     """
-    table = read_table(audit)
-    learnt = table.loc[table["accepted"] == "true", ["case", "soft_sha256"]]
+    learnt = accepted_in(audit)[["case", "soft_sha256"]]
     return hashlib.sha256(learnt.to_csv(sep="\t", index=False).encode()).hexdigest()
 
 

@@ -25,7 +25,7 @@ from timm.utils import ModelEmaV3
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cotrain.audit import learnt_from
+from cotrain.audit import accepted_in, learnt_from
 from cotrain.batches import STREAMS, BatchSource, Case, batches, seed_everything
 from cotrain.device import (
     arrange_for_cpu,
@@ -424,9 +424,7 @@ def accepted_cases(audit: Path, preprocessed: Path) -> list[Case]:
     Raises InputError where a soft mask is not the audited one any more.
     """
     cases = []
-    for row in read_table(audit).to_dict("records"):
-        if row["accepted"] != "true":
-            continue
+    for row in accepted_in(audit).to_dict("records"):
         if not Path(row["soft"]).is_file() or sha256_of(row["soft"]) != row["soft_sha256"]:
             raise InputError(
                 f"{row['soft']} is missing or not the file that was audited; run the audit again "
@@ -492,8 +490,12 @@ def learnt_by(arguments: argparse.Namespace, stage: TrainStage) -> dict[str, str
     cases = "\n".join(read_table(arguments.labelled)["case"])
     learnt["labelled"] = hashlib.sha256(cases.encode()).hexdigest()
     for split in splits_shown(arguments):
-        arrays = arrays_in(arguments.preprocessed / split).to_csv(sep="\t", index=False)
-        learnt[f"arrays of {split}"] = hashlib.sha256(arrays.encode()).hexdigest()
+        arrays = arrays_in(arguments.preprocessed / split)
+        if split == "unlabelled":
+            # A case whose mask is refused teaches nothing, and may leave the case table.
+            arrays = arrays[arrays["case"].isin(accepted_in(arguments.audit)["case"])]
+        told = arrays.to_csv(sep="\t", index=False)
+        learnt[f"arrays of {split}"] = hashlib.sha256(told.encode()).hexdigest()
     if arguments.audit is not None:
         learnt["masks"] = learnt_from(arguments.audit)
     return learnt
