@@ -144,6 +144,15 @@ def test_the_page_on_settings_has_every_setting():
     assert page.endswith("\n".join(settings_table()) + "\n")
 
 
+@pytest.mark.parametrize("page", ["README.md", *("docs", "config", "results", "benchmarks")])
+def test_no_documented_command_takes_its_target_for_a_settings_file(page: str):
+    """`--configfile` takes several files: an option must follow it before a target does."""
+    path = CLONE / page
+    for each in [path] if path.is_file() else path.glob("*.md"):
+        words = re.sub(r"[\s`]+", " ", each.read_text())
+        assert re.findall(r"--configfile \S+ results/\S+", words) == [], each
+
+
 def test_the_pause_between_looks_at_a_clusters_jobs_is_the_executors_own_method():
     """The Snakefile exchanges it: `look_at_jobs_as_often_as_asked` in command.smk."""
     source = inspect.getsource(RemoteExecutor._wait_for_jobs)

@@ -781,6 +781,22 @@ def test_a_corrected_file_is_not_forgotten_where_a_run_ended_after_its_list(
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+def test_before_a_last_training_the_round_before_it_is_kept_for_more_rounds(
+    finished_by_default: Path,
+):
+    """What results/README.md says under "When you are done"."""
+    added = planned(finished_by_default, cotraining={}, rounds=3).trained()
+    for checkpoint in finished_by_default.glob("results/tiny/*/round-00/train_*/checkpoint.pth"):
+        checkpoint.unlink()
+    assert planned(finished_by_default, cotraining={}).jobs == {}
+    assert planned(finished_by_default, cotraining={}, rounds=3).trained() == added
+    # The last round but one, by number, is the one that an added round goes on from.
+    for checkpoint in finished_by_default.glob("results/tiny/*/round-01/train_*/checkpoint.pth"):
+        checkpoint.unlink()
+    lost = planned(finished_by_default, cotraining={}, rounds=3).trained()
+    assert {"cotrain/round-01/train_2d", "cotrain/round-01/train_3d"} <= lost
+
+
 def test_what_may_be_removed_is_missed_only_by_a_later_change(finished: Path):
     """What results/README.md says under "When you are done"."""
     results = finished / "results/tiny"
