@@ -267,6 +267,20 @@ def test_nnunets_share_of_samples_is_aimed_at_foreground_in_any_place(planned, u
     assert 0 < sum(each[0] for each in aimed) < 20
 
 
+def test_a_third_of_lone_samples_is_aimed_at_foreground(planned, unlabelled):
+    # Stock's formula aims none of a batch of one: round(1 x 0.67) = 1.
+    source = source_of(planned, "3d", unlabelled, unlabelled, [1] * 200)
+    source.batch_size, source.slots, aimed = 1, range(1), []
+    sample = (torch.zeros(1), torch.zeros(1))
+    source._sample = lambda case, *, aimed: seen.append(aimed) or sample
+    for iteration in range(200):
+        seen = []
+        source[iteration]
+        aimed += seen
+    assert len(aimed) == 200
+    assert 0.25 < sum(aimed) / 200 < 0.41
+
+
 def test_foreground_locations_are_spread_over_the_whole_object():
     soft = np.zeros((2, 3, 20, 20), dtype=np.uint8)
     soft[0, :, :, :15] = 200  # 900 voxels: more than 500, less than twice as many

@@ -177,8 +177,12 @@ class BatchSource(torch.utils.data.Dataset):
         words = (self.seed, self.stream, self.first_epoch + epoch, iteration)
         # Which slots are aimed at foreground is drawn, so that labelled and pseudo-labelled
         # samples are aimed equally often; how many are is stock nnU-Net's.
-        aimed_slots = np.random.default_rng(words).permutation(self.batch_size)
+        generator = np.random.default_rng(words)
+        aimed_slots = generator.permutation(self.batch_size)
         random_slots = round(self.batch_size * (1 - FOREGROUND_OVERSAMPLING))
+        if self.batch_size == 1:
+            # A third of one rounds to none, which stock's planners never plan.
+            random_slots = int(generator.random() >= FOREGROUND_OVERSAMPLING)
         for slot in self.slots:
             seed_everything(*words, slot)
             if slot < self.batch_size - self.counts[epoch, iteration]:
@@ -212,7 +216,7 @@ class BatchSource(torch.utils.data.Dataset):
             sample["segmentation"] = cropped.to(torch.int16)
         if case.soft is not None:
             cropped = patch_of(_open_soft(case.soft), box, adjacent_slices=0)
-            sample["regression_target"] = cropped / 255
+            sample["regression_target"] = cropped.div_(255)
         if len(self.patch_size) == 2:
             sample = {
                 name: slices_of(tensor, adjacent_slices=beside[name])[0]
