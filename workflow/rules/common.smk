@@ -664,6 +664,14 @@ def audit_mem_mb(wildcards, attempt):
     return attempt * (12000 if corrected_masks_for(wildcards) else 4000)
 
 
+def merge_mem_mb(wildcards, attempt):
+    """Return the main memory of averaging masks, in MB; a retry asks for more.
+
+    Of a CT of 512 x 512 x 400 voxels the soft masks held at a time have 200 MB a label.
+    """
+    return attempt * (4000 + 200 * max(0, len(settings_of(wildcards).labels) - 8))
+
+
 def network_mem_mb(wildcards, attempt):
     """Return the main memory of a training or inference job; a retry asks for more.
 

@@ -62,7 +62,7 @@ rule merge_test_masks:
         "../../envs/cotrain.yaml"
     threads: 1
     resources:
-        mem_mb=memory(4000),
+        mem_mb=merge_mem_mb,
         runtime=240,
     params:
         masks=lambda wildcards, input: folders_of(input.manifests),
@@ -101,8 +101,9 @@ rule evaluate:
         "../../envs/cotrain.yaml"
     threads: 1
     resources:
-        mem_mb=memory(4000),
-        runtime=240,
+        # Where voxels far apart are taken for a label, distances are computed over a whole CT.
+        mem_mb=memory(8000),
+        runtime=lambda wildcards, attempt: attempt * 240,
     params:
         masks=lambda wildcards, input: folders_of(input.manifests),
         labels=labels_of,

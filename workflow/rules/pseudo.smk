@@ -67,7 +67,7 @@ rule merge_pseudo_masks:
         "../../envs/cotrain.yaml"
     threads: 1
     resources:
-        mem_mb=memory(4000),
+        mem_mb=merge_mem_mb,
         runtime=240,
     params:
         masks=lambda wildcards, input: folders_of(input.manifests),
