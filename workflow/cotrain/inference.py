@@ -153,8 +153,8 @@ def logit_slabs(
         mean = total[:, :done] / weight[:done]
         if not torch.isfinite(mean.sum(dtype=torch.float32)):
             raise InputError(
-                "The network's output is not finite; train with a lower learning rate or set "
-                "compute.precision to fp32."
+                "the network's output is not finite; look at the image, set compute.precision to "
+                "fp32, train with a lower learning rate, or take the case out of the case table."
             )
         yield mean
         for sums in (total, weight[None]):
@@ -264,13 +264,16 @@ def make_mask_set(
             arrays = arrays_of(arguments.preprocessed / arguments.split, row["case"])
             shape = blosc2.open(arrays + ".b2nd", mode="r").shape[1:]
             soft = np.empty((planned.class_count - 1, *shape), dtype=np.uint8)
-            labels = labels_on_image_grid(
-                _kept_soft(slabs_of(arrays), soft),
-                load_pickle(arrays + ".pkl"),
-                planned,
-                depth=shape[0],
-                threads=arguments.threads,
-            )
+            try:
+                labels = labels_on_image_grid(
+                    _kept_soft(slabs_of(arrays), soft),
+                    load_pickle(arrays + ".pkl"),
+                    planned,
+                    depth=shape[0],
+                    threads=arguments.threads,
+                )
+            except InputError as error:
+                raise InputError(f"Case {row['case']}: {error}") from error
             made = write_mask(
                 row["case"],
                 row["image"].split(";")[0],

@@ -453,14 +453,19 @@ class InferStage(Section):
     compute: Compute
 
 
-def learnt_of(stage: Section, *, unread: dict[str, set[str]] | None = None) -> str:
-    """Return a hash of all settings of a stage but the device, of which `auto` may be either.
+UNLEARNT = ("device", "precision")
+"""Settings of `compute` of which `auto` may be any: what is finished stays where they change, and
+what is unfinished is told by the device and the number format that it was begun in."""
 
-    What is unfinished is told by the device that it was begun on. unread: section → settings that
-    the step does not read, and that are left out.
+
+def learnt_of(stage: Section, *, unread: dict[str, set[str]] | None = None) -> str:
+    """Return a hash of all settings of a stage but those of UNLEARNT.
+
+    unread: section → settings that the step does not read, and that are left out.
     """
     content = stage.model_dump(mode="json", exclude=unread)
-    content.get("compute", {}).pop("device", None)
+    for name in UNLEARNT:
+        content.get("compute", {}).pop(name, None)
     return hashlib.sha256(yaml.safe_dump(content).encode()).hexdigest()
 
 
