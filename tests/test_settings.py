@@ -11,6 +11,7 @@ from cotrain.settings import (
     Settings,
     TrainStage,
     as_yaml,
+    changes_since,
     check,
     load,
     refuse_missing_files,
@@ -206,6 +207,33 @@ def test_a_rate_in_yamls_scientific_notation_is_a_number():
 )
 def test_a_changed_setting_changes_the_files_of_its_own_stages_only(changes, stages):
     assert changed_stages(**changes) == stages
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, []),
+        ({"compute": {"device": "cuda", "precision": "fp32"}, "shards": 3}, []),
+        ({"seed": 1}, ["`seed` is 1, was 0"]),
+        (
+            {"training_2d": {"warmup_epochs": 7}, "rounds": 4},
+            ["`training_2d.warmup_epochs` is 7, was 100", "`rounds` is 4, was 3"],
+        ),
+        ({"inference": {"tile_step_size": 0.7}}, ["`inference.tile_step_size` is 0.7, was 0.5"]),
+        (
+            {"labels": {"tumour": 1}},
+            ["`labels.organ` is not there, was 1", "`labels.tumour` is 1, was not there"],
+        ),
+    ],
+)
+def test_what_differs_from_the_settings_of_the_results_is_told(changes, told, tmp_path):
+    for stage, section in check(MINIMUM).stages().items():
+        (tmp_path / f"{stage}.yaml").write_text(as_yaml(section))
+    assert changes_since(check(MINIMUM | changes), tmp_path) == told
+
+
+def test_nothing_differs_from_results_that_are_not_there(tmp_path):
+    assert changes_since(check(MINIMUM | {"seed": 1}), tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -630,6 +630,10 @@ def test_a_command_notes_what_it_sets_out_to_make_again(finished: Path):
     config = settings_file(finished, training_3d__learning_rate=0.0007)
     ran = snakemake(finished, "--cores", "2", "--configfile", str(config))
     assert ran.returncode == 0, ran.stderr
+    assert (
+        "tiny: `training_3d.learning_rate` is 0.0007, was 0.001. What was made with" in ran.stderr
+    )
+    assert "is made again" not in snakemake(finished, "-n", "--configfile", str(config)).stderr
     notice = json.loads((finished / ".snakemake/command-tiny.json").read_text())
     assert notice["ended"]
     noted = notice["sets_out_to_make"]
@@ -838,6 +842,11 @@ def test_a_comment_in_the_case_table_draws_its_page_again_and_no_more(finished: 
     header, *rows = table.read_text().splitlines()
     table.write_text("\n".join(["# sorted by hand", header, *rows]) + "\n")
     assert planned(finished).jobs == {"describe_data": 1, "all": 1}
+
+
+def test_the_same_cases_in_a_table_of_another_name_draw_its_page_again_and_no_more(finished: Path):
+    (finished / "cases.tsv").rename(finished / "cases_v2.tsv")
+    assert planned(finished, cases="cases_v2.tsv").jobs == {"describe_data": 1, "all": 1}
 
 
 def test_a_mistyped_verdict_is_refused(project: Path):

@@ -469,6 +469,45 @@ def learnt_of(stage: Section, *, unread: dict[str, set[str]] | None = None) -> s
     return hashlib.sha256(yaml.safe_dump(content).encode()).hexdigest()
 
 
+def changes_since(settings: Settings, folder: Path) -> list[str]:
+    """Return what differs from the settings that results were made with, each as a clause.
+
+    folder: holds a file `<stage>.yaml` for each stage that was begun. What is finished stays where
+    UNLEARNT ones differ, which are left out.
+    """
+    changes = {}
+    for stage, section in settings.stages().items():
+        path = folder / f"{stage}.yaml"
+        if path.is_file():
+            before = _leaves(yaml.safe_load(path.read_text()) or {})
+            now = _leaves(section.model_dump(mode="json"))
+            for key in sorted({*before, *now} - {f"compute.{name}" for name in UNLEARNT}):
+                is_now, was = (each.get(key, "not there") for each in (now, before))
+                if is_now != was:
+                    name = _name_in_settings(key, stage)
+                    changes[name] = f"`{name}` is {is_now}, was {was}"
+    return list(changes.values())
+
+
+def _leaves(content: dict, prefix: str = "") -> dict[str, Any]:
+    """Return {full key: value} of all settings that have no settings of their own."""
+    leaves = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            leaves |= _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+def _name_in_settings(key: str, stage: str) -> str:
+    """Return what a setting of a stage is called in the settings file."""
+    if key == "last_round":
+        return "rounds"
+    network = "2d" if stage == "train_2d" else "3d"
+    return key.replace("training.", f"training_{network}.", 1)
+
+
 def as_yaml(section: Section) -> str:
     """Return a section as YAML text that `load` reads back."""
     return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False)

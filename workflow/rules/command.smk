@@ -38,6 +38,7 @@ def say_what_is_easily_missed():
                     f"{experiment}: nnU-Net normalises a channel as CT only where it is called CT, "
                     f"and {channel!r} image by image; rename it in `channels` if it is one."
                 )
+        say_what_will_be_made_again(experiment)
         if not REVIEWS[experiment]:
             continue
         heard = {
@@ -57,6 +58,19 @@ def say_what_is_easily_missed():
                     f"verdict on {row['masks']} of {row['case']} in round {row['round']} is given; "
                     "verdicts on another experiment's masks do not belong here."
                 )
+
+
+def say_what_will_be_made_again(experiment):
+    """Warn where another setting than before will replace trainings, which may have taken days."""
+    results = Path("results", experiment)
+    finished = len(list(results.glob("*/round-*/train_*/checkpoint.pth")))
+    changes = changes_since(SETTINGS[experiment], results / "settings")
+    if finished and changes:
+        logger.warning(
+            f"{experiment}: {'; '.join(changes)}. What was made with the old value is made again, "
+            f"in place of what is there ({finished} finished trainings in all); give the file "
+            "another `experiment` to keep that."
+        )
 
 
 def refuse_more_verdicts_than_a_command_holds():

@@ -17,6 +17,7 @@ from cotrain.experiments import experiments_of
 from cotrain.review import masks_of, read_review
 from cotrain.settings import (
     as_yaml,
+    changes_since,
     check,
     refuse_missing_files,
     refuse_repeated_keys,

@@ -43,8 +43,10 @@ rule check_data:
         # A hash of this split's rows and files; not of the whole table, which may hold other news. It
         # is part of the list: a run that ended after it would forget that a file was corrected.
         listed=fingerprint_of,
-        table=lambda wildcards: str(settings_of(wildcards).cases),
-        data_folder=data_folder_of,
+        # With `output` Snakemake does not track them: the same rows in a table of another name are no
+        # news, which would go through a cluster's queue once for each step.
+        table=lambda wildcards, output: str(settings_of(wildcards).cases),
+        data_folder=lambda wildcards, output: data_folder_of(wildcards),
         labels=labels_of,
         transductive=transductive_or_not,
         out_dir=subpath(output.cases, parent=True),
