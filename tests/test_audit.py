@@ -331,7 +331,7 @@ def test_a_review_without_a_column_is_refused(audit, tmp_path):
     ("text", "sentence"),
     [
         ("", "review.tsv is not a table that can be read (No columns"),
-        ("{head}\n{row}\n{row}\t\n", "not a table that can be read (Error tokenizing"),
+        ("{head}\n{row}\n{row}\t\n", "row 2: it has 8 cells, wanted 7 as in the heading"),
         ("{head}\n{row}\t\n{row}\t\n", "the rows have more cells than the 7 headings"),
     ],
 )

@@ -163,7 +163,15 @@ def test_empty_rows_of_a_spreadsheet_are_none(tmp_path):
 
 
 def test_one_row_with_surplus_cells_is_refused(tmp_path):
-    assert "Expected 4 fields in line 3, saw 5" in error_of(tmp_path, [GOOD[0], (*GOOD[1], "x")])
+    message = error_of(tmp_path, [GOOD[0], (*GOOD[1], "x")])
+    assert "row 2: it has 5 cells, wanted 4 as in the heading; remove" in message
+
+
+def test_a_table_with_blanks_for_tabs_is_told_so(tmp_path):
+    table = tmp_path / "cases.tsv"
+    table.write_text("\n".join("   ".join(row) for row in [("case", "image", "label"), *GOOD]))
+    with pytest.raises(InputError, match=r"has blanks between its columns \(case   image   label"):
+        read_cases(table, None)
 
 
 def test_an_empty_table_is_refused(tmp_path):
@@ -354,6 +362,14 @@ def test_a_quotation_mark_that_swallows_a_row_is_refused(tmp_path):
     path.write_text('case\tverdict\tnote\nzero\taccept\t\none\texclude\t"off\ntwo\texclude\t"x"\n')
     with pytest.raises(InputError, match=r"review\.tsv, row 2: a cell goes on in the next line"):
         read_table(path)
+
+
+def test_make_table_refuses_files_whose_names_cannot_name_a_case(tmp_path):
+    touch(tmp_path / "images", "Patient 01", "M\u00fcller", "b")
+    touch(tmp_path / "labels", "b")
+    with pytest.raises(InputError, match=r"2 images cannot name a case, first .*Müller\.nii\.gz: "):
+        make(tmp_path)
+    assert not (tmp_path / "made.tsv").exists()
 
 
 def test_make_table_refuses_a_name_that_a_table_would_take_for_a_comment(tmp_path):

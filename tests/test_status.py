@@ -292,6 +292,29 @@ def test_what_the_last_command_set_out_to_make_again_is_outdated(experiment):
     assert first_line().startswith("done | done | done | waiting | outdated | ")
 
 
+def test_a_model_that_the_last_command_makes_again_is_of_the_run_before(experiment):
+    folder = experiment / "results/demo"
+    weights = write(folder / "model/Dataset001_cotrain/fold_all/checkpoint_final.pth")
+    write(folder / "summary/summary.txt")
+    notice = write(
+        experiment / ".snakemake/command-demo.json",
+        json.dumps({"sets_out_to_make": ["results/demo/model/Dataset001_cotrain/fold_all"]}),
+    )
+
+    def next_lines() -> list[str]:
+        text = status_text(folder, benchmarks=experiment / "b", logs=experiment / "l", now=NOW)
+        return text.split("look next\n")[1].splitlines()[:2]
+
+    later = time.time() + 60
+    os.utime(notice, (later, later))
+    assert next_lines() == [
+        f"  scores and gain: {folder}/summary/summary.txt",
+        f"  the model for nnUNetv2_predict: {folder}/model (outdated: of the run before)",
+    ]
+    os.utime(weights, (later + 60, later + 60))
+    assert next_lines()[1].endswith("/model")
+
+
 def test_a_step_that_fails_before_it_opens_its_folder_is_failed(experiment):
     logs = experiment / "logs/demo/cotrain/round-01"
     said = "cotrain infer: compute.device is cuda, but torch sees no GPU here"
@@ -381,6 +404,7 @@ def test_an_experiment_without_a_round_says_how_far_its_preparation_is(
     monkeypatch.setattr("cotrain.status.shutil.which", lambda name: squeue)
     folder = tmp_path / "results/demo"
     write(folder / "cases/unlabelled.tsv", "case\timage\tlabel\n")
+    write(folder / "cotrain/round-01/audit/verdicts_2d.txt")
     text = status_text(folder, benchmarks=tmp_path / "b", logs=tmp_path / "l", now=NOW)
     assert "No round has been started. Cases checked: yes; planned: no; preprocessed: " in text
     assert "labelled 0 of ?, unlabelled 0 of 0, test 0 of ?." in text

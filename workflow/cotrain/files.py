@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,12 +88,24 @@ def read_table(path: str | Path) -> pd.DataFrame:
             f"{path} has {there[0]} between its columns, wanted {SEPARATORS[separator]}; save it "
             "as UTF-8 text with tabs (.tsv) or commas (.csv)."
         )
+    if not there and lines and len(lines[0].split()) > 1:
+        raise InputError(
+            f"{path} has blanks between its columns ({lines[0].strip()[:40]}), wanted "
+            f"{SEPARATORS[separator]}; an editor may write blanks for the Tab key."
+        )
     try:
         frame = pd.read_csv(
             io.StringIO("\n".join(lines)), sep=separator, dtype=str, keep_default_na=False
         )
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise _no_table(path, error) from None
+        surplus = re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", str(error))
+        if surplus is None:
+            raise _no_table(path, error) from None
+        headings, line, cells = map(int, surplus.groups())
+        raise InputError(
+            f"{path}, row {line - 1}: it has {cells} cells, wanted {headings} as in the heading; "
+            "remove the surplus separator."
+        ) from None
     # pandas takes surplus cells for an index, which shifts every column by one.
     if not isinstance(frame.index, pd.RangeIndex):
         raise InputError(

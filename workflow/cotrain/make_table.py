@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from cotrain.cases import COLUMNS, SPLITS, SUFFIXES, read_cases
+from cotrain.cases import CASE_NAME, COLUMNS, SPLITS, SUFFIXES, read_cases
 from cotrain.errors import InputError
 from cotrain.files import write_table
 
@@ -30,6 +30,13 @@ def images_and_labels(
     has the label ''. Raises InputError where a channel is missing or a label has no image.
     """
     channels_of = images_of(images, channel_suffixes=channel_suffixes)
+    unfit = [case for case in channels_of if not re.fullmatch(CASE_NAME, case)]
+    if unfit:
+        raise InputError(
+            f"{len(unfit)} images cannot name a case, first {channels_of[unfit[0]][0]}: a case is "
+            "named as its files, with letters a to z, digits, `_`, `-` and `.` and without blanks; "
+            "rename the images and their masks."
+        )
     label_files = _nifti_files(labels)
     orphans = sorted(set(label_files) - set(channels_of))
     if orphans:
@@ -214,8 +221,8 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.out.unlink()
         raise InputError(
             f"{error} (That is about the table as it would have been; {arguments.out} was not "
-            "written. A case is named as its files are. Where all images have labels, say with "
-            "--labelled and --test how many to use, or with --test-list which to test.)"
+            "written. Where all images have labels, say with --labelled and --test how many to "
+            "use, or with --test-list which to test.)"
         ) from None
     names = set(checked["case"])
     strays = [

@@ -234,6 +234,9 @@ def status_text(folder: Path, *, benchmarks: Path, logs: Path, now: float) -> st
     """Return the status of the experiment whose results are in `folder`."""
     cases = {split: _cases_in(folder / f"cases/{split}.tsv") for split in SPLITS}
     rounds = sorted(folder.glob("*/round-[0-9]*"), key=_running_order)
+    # A person's verdicts are written down before anything is trained.
+    if not any(path.name != "audit" for each in rounds for path in each.iterdir()):
+        rounds = []
     command, outdated_before = _last_command(folder)
     states = {
         stage: stage_state(
@@ -291,7 +294,8 @@ def status_text(folder: Path, *, benchmarks: Path, logs: Path, now: float) -> st
     spent = seconds_per_stage(folder, benchmarks=benchmarks)
     if spent:
         parts.append(_time_table(spent))
-    parts.append("look next\n" + "\n".join(f"  {line}" for line in _look_next(folder, logs=logs)))
+    places = _look_next(folder, logs=logs, outdated_before=outdated_before)
+    parts.append("look next\n" + "\n".join(f"  {line}" for line in places))
     return "\n\n".join(parts) + "\n"
 
 
@@ -474,8 +478,8 @@ def _duration(seconds: float) -> str:
     return f"{int(seconds) // 3600} h {int(seconds) % 3600 // 60:02d} min"
 
 
-def _look_next(folder: Path, *, logs: Path) -> list[str]:
-    """Return where a person finds more, of what is there."""
+def _look_next(folder: Path, *, logs: Path, outdated_before: dict[Path, float]) -> list[str]:
+    """Return where a person finds more, of what is there; with a word where it is made again."""
     places = {
         "scores and gain": [folder / "summary/summary.txt"],
         "the model for nnUNetv2_predict": [folder / "model"],
@@ -483,10 +487,27 @@ def _look_next(folder: Path, *, logs: Path) -> list[str]:
         "masks that taught": sorted(folder.glob(f"{CO_TRAINED}/round-*/audit/*.html"))[-2:],
         "logs": [logs],
     }
-    lines = [f"{what}: {path}" for what, paths in places.items() for path in paths if path.exists()]
+    lines = [
+        f"{what}: {path}{_of_the_run_before(path, outdated_before)}"
+        for what, paths in places.items()
+        for path in paths
+        if path.exists()
+    ]
     if any(folder.glob("*/round-*/train_*/tensorboard")):
         lines.append(f"curves: tensorboard --logdir {folder}")
     return lines or [f"nothing yet; start it: {_command_for(folder.name)}"]
+
+
+def _of_the_run_before(path: Path, outdated_before: dict[Path, float]) -> str:
+    """Return a word on a file or folder that the last command set out to make again, and has not.
+
+    outdated_before: Unix times, by folder in which files are made.
+    """
+    made_in = path if path.is_dir() else path.parent
+    began = [time for folder, time in outdated_before.items() if folder.is_relative_to(made_in)]
+    files = path.rglob("*") if path.is_dir() else [path]
+    newest = max((each.stat().st_mtime for each in files if each.is_file()), default=0)
+    return " (outdated: of the run before)" if began and newest < max(began) else ""
 
 
 def _command_for(experiment: str) -> str:
