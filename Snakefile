@@ -57,6 +57,7 @@ include: "workflow/rules/report.smk"
 
 
 if workflow.is_main_process:
+    refuse_repeated_keys_of_the_profile()
     refuse_needs_of_no_rule()
     refuse_more_verdicts_than_a_command_holds()
     say_what_is_easily_missed()

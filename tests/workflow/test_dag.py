@@ -648,8 +648,34 @@ def test_a_command_notes_what_it_sets_out_to_make_again(finished: Path):
     assert "results/tiny/cotrain/round-00/pseudo_2d" not in noted
 
 
+def with_command(project: Path, name: str) -> Path:
+    """Return the project with a command on its path that does nothing."""
+    command = project / "bin" / name
+    command.parent.mkdir(exist_ok=True)
+    command.write_text("#!/bin/sh\n")
+    command.chmod(0o755)
+    return project
+
+
+def test_a_gpu_that_is_asked_for_and_not_there_is_told_at_once(project: Path):
+    config = settings_file(project, compute__device="cuda")
+    ran = snakemake(project, "--configfile", str(config), "--until", "write_settings")
+    assert "compute.device is cuda, but this machine has no nvidia-smi" in ran.stderr
+
+
+@pytest.mark.parametrize("job", [None, "17"])
+def test_trainings_on_a_login_node_are_warned_of(project: Path, job: str | None):
+    """Where there is `sbatch`, a run that is no job itself may lack its profile."""
+    config = settings_file(with_command(project, "sbatch"))
+    environment = {} if job is None else {"SLURM_JOB_ID": job}
+    ran = snakemake(project, "--configfile", str(config), "--cores", "2", **environment)
+    assert ran.returncode == 0, ran.stderr
+    assert ("none in SLURM's queue" in ran.stderr) == (job is None)
+
+
 @pytest.mark.parametrize("limit", [(), ("--resources", "gpu=1")])
 def test_jobs_that_would_share_a_gpu_are_warned_of(project: Path, limit: tuple[str, ...]):
+    with_command(project, "nvidia-smi")
     config = settings_file(project, compute__device="cuda")
     ran = snakemake(project, "--configfile", str(config), *limit, "--until", "write_settings")
     assert ran.returncode == 0, ran.stderr
@@ -666,6 +692,7 @@ def test_jobs_that_would_share_a_gpu_are_warned_of(project: Path, limit: tuple[s
     ],
 )
 def test_gpus_for_which_there_are_too_few_cores_are_warned_of(project: Path, options, said):
+    with_command(project, "nvidia-smi")
     config = settings_file(project, compute__device="cuda")
     command = ["--configfile", str(config), "--resources", "gpu=2", "--until", "write_settings"]
     ran = snakemake(project, *command, *options)
@@ -674,6 +701,7 @@ def test_gpus_for_which_there_are_too_few_cores_are_warned_of(project: Path, opt
 
 
 def test_gpus_are_warned_of_once_for_experiments_that_train_alike(project: Path):
+    with_command(project, "nvidia-smi")
     (project / "experiments.tsv").write_text("experiment\tseed\nfirst\t0\nsecond\t1\n")
     config = settings_file(project, compute__device="cuda", experiments="experiments.tsv")
     command = ["--configfile", str(config), "--resources", "gpu=2", "--until", "write_settings"]
@@ -1047,6 +1075,23 @@ def test_a_key_that_stands_twice_is_refused(project: Path):
 def test_needs_of_a_rule_that_there_is_not_are_refused(project: Path):
     text = refused(project, settings_file(project), "--set-resources", "trains:mem_mb=1")
     assert "for a rule `trains`, which there is not; did you mean `train`?" in text
+
+
+def test_a_walltime_in_slurms_notation_is_refused(project: Path):
+    """YAML takes it for 86,400, and Snakemake for minutes."""
+    (project / "mine").mkdir()
+    (project / "mine/config.yaml").write_text("set-resources:\n  train:\n    runtime: 24:00:00\n")
+    text = refused(project, settings_file(project), "--profile", "mine")
+    assert "The runtime of train is 86400 minutes, which is 60 days; give it in minutes" in text
+
+
+@pytest.mark.parametrize("options", [("--profile", "mine"), ("--profile=mine",)])
+def test_a_profile_that_says_a_key_twice_is_refused(project: Path, options: tuple[str, ...]):
+    (project / "mine").mkdir()
+    block = "set-resources:\n  {}:\n    runtime: 60\n"
+    (project / "mine/config.yaml").write_text(block.format("train") + block.format("evaluate"))
+    text = refused(project, settings_file(project), *options)
+    assert "mine/config.yaml has `set-resources` twice, in the lines 1 and 4" in text
 
 
 def test_a_channel_that_only_looks_like_ct_is_warned_of(project: Path):

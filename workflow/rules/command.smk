@@ -2,6 +2,7 @@
 
 import asyncio
 import difflib
+import itertools
 import os
 import re
 import shutil
@@ -14,6 +15,9 @@ from cotrain.errors import InputError
 from cotrain.files import write_json
 from cotrain.takeover import take_over
 from snakemake.exceptions import WorkflowError
+
+LONGEST_RUNTIME = 60 * 24 * 30
+"""Minutes of a job that are hardly meant."""
 
 
 def say_what_is_easily_missed():
@@ -101,14 +105,69 @@ def refuse_needs_of_no_rule():
             raise WorkflowError(f"{said}did you mean `{near[0]}`?")
         # A person's profile may serve other workflows, too.
         logger.warning(f"{said}there are {', '.join(sorted(rules))}.")
+    for name, needs in asked.overwrite_resources.items():
+        minutes = needs["runtime"].value if "runtime" in needs else 0
+        if isinstance(minutes, int) and minutes > LONGEST_RUNTIME:
+            raise WorkflowError(
+                f"The runtime of {name} is {minutes} minutes, which is {minutes // 1440} days; give "
+                "it in minutes or as 24h or 2d (YAML takes 24:00:00 for a number of base 60)."
+            )
+
+
+def refuse_repeated_keys_of_the_profile():
+    """Refuse a profile with two `set-resources`, of which the first would go unheard."""
+    profile = os.environ.get("SNAKEMAKE_PROFILE", "")
+    for word, following in itertools.pairwise([*sys.argv, ""]):
+        if word.partition("=")[0] == "--profile":
+            profile = word.partition("=")[2] or following
+    path = Path(profile, "config.yaml")
+    if profile and path.is_file():
+        try:
+            refuse_repeated_keys(path)
+        except InputError as error:
+            raise WorkflowError(str(error)) from None
+
+
+def say_where_threads_are_cut():
+    """Warn where a cluster's jobs get fewer threads because the login node has few cores."""
+    for experiment, settings in SETTINGS.items():
+        threads = workflow.resource_settings.overwrite_threads.get(
+            "train", threads_of_training_with(settings)
+        )
+        if workflow.cores < threads:
+            logger.warning(
+                f"A training of {experiment} gets {workflow.cores} of {threads} threads, because "
+                f"this machine has no more cores; give --cores {threads}, or more."
+            )
+            return
+
+
+def say_that_jobs_run_here():
+    """Warn of trainings on a cluster's login node, where --profile slurm was forgotten."""
+    if not shutil.which("sbatch") or "SLURM_JOB_ID" in os.environ:
+        return
+    if any(job.rule.name == "train" for job in workflow.dag.needrun_jobs()):
+        logger.warning(
+            "All steps run on this machine, and none in SLURM's queue; on a login node end this "
+            "by Ctrl+C and add --profile slurm."
+        )
 
 
 def say_how_gpus_are_used():
     """Warn where this machine's jobs may share a GPU and its memory, or leave GPUs unused."""
-    local = not workflow.executor_plugin.common_settings.non_local_exec
+    if workflow.executor_plugin.common_settings.non_local_exec:
+        say_where_threads_are_cut()
+        return
+    say_that_jobs_run_here()
     devices = {settings.compute.device for settings in SETTINGS.values()}
-    there = "cuda" in devices or ("auto" in devices and shutil.which("nvidia-smi"))
-    if not local or not there:
+    if not shutil.which("nvidia-smi"):
+        if "cuda" in devices:
+            logger.warning(
+                "compute.device is cuda, but this machine has no nvidia-smi: without a GPU the "
+                "first training will stop; on a login node add --profile slurm."
+            )
+        return
+    if "cpu" in devices and len(devices) == 1:
         return
     if "gpu" not in workflow.global_resources:
         logger.warning(
