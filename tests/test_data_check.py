@@ -317,6 +317,16 @@ def warnings_of(data: DataSet) -> str:
     return page.text.partition("Warnings")[2].partition("Summary by split")[0]
 
 
+def test_a_labelled_image_of_one_slice_is_refused(data):
+    voxels = np.random.default_rng(0).normal(100, 10, (*SHAPE[:2], 1)).astype(np.float32)
+    label = np.zeros(voxels.shape, np.uint8)
+    label[1:5, 2:8], label[7, 2:7] = 1, 2
+    data.write_label("case0", label)
+    nibabel.save(nibabel.Nifti1Image(voxels, affine_of(SPACING_MM)), data.folder / "case0.nii.gz")
+    shape = " x ".join(map(str, voxels.shape))
+    assert f"case case0: the image is a single slice, of {shape} voxels" in data.error()
+
+
 def test_a_lone_slice_among_volumes_is_warned_of(data, capsys):
     voxels = np.random.default_rng(0).normal(100, 10, (*SHAPE[:2], 1)).astype(np.float32)
     image = nibabel.Nifti1Image(voxels, affine_of(SPACING_MM))

@@ -156,7 +156,8 @@ def problems_of(cases: Sequence[Case], labels: Mapping[str, int]) -> list[str]:
         problems.append(
             f"case {many[0].name}{others}: {next(iter(values.values()))} holds {len(values)} "
             f"values that are not among the labels {known}, such as {some}; give the label's path "
-            "if it is an image, and else add these labels to the settings, or merge or remove them."
+            "if it is an image, and else renumber the labels 1, 2, 3 ... without gaps and name "
+            "them in the settings, or merge or remove them."
         )
     few = [case for case in cases if len(case.unknown_values) <= MAX_UNKNOWN_VALUES]
     for value in sorted({value for case in few for value in case.unknown_values}):
@@ -172,6 +173,14 @@ def problems_of(cases: Sequence[Case], labels: Mapping[str, int]) -> list[str]:
             f"value {value}, and the known labels are {known}; {remedy}."
         )
     labelled = [case for case in cases if case.split == "labelled"]
+    flat = [case for case in labelled if case.shape and min(case.shape) == 1]
+    if flat:
+        others = f" (and {len(flat) - 1} more labelled cases)" if len(flat) > 1 else ""
+        problems.append(
+            f"case {flat[0].name}{others}: the image is a single slice, of "
+            f"{' x '.join(map(str, flat[0].shape))} voxels; give volumes, which nnU-Net plans 3D "
+            "patches by."
+        )
     # a label file that could not be read may hold the label that seems to be missing
     if all(case.volumes_ml is not None for case in labelled):
         for name, value in labels.items():

@@ -242,8 +242,8 @@ def plan(stage: PlanStage, cases: list[dict], out_dir: Path, *, jobs: int) -> No
         plans = json.loads((made / "nnUNetPlans.json").read_text())
         if CONFIGURATIONS["3d"] not in plans["configurations"]:
             raise InputError(
-                "nnU-Net planned no 3D configuration: the labelled images are single slices; "
-                "give volumes of more than one slice."
+                "nnU-Net planned no 3D configuration: most labelled images are single "
+                "slices; give volumes of more than one slice."
             )
         # Known only now, and needed by the first masks: not to be met after a network was trained.
         resampling_of_probabilities(Planned(plans, description))
