@@ -711,6 +711,24 @@ def test_gpus_are_warned_of_once_for_experiments_that_train_alike(project: Path)
     assert "training of second" not in ran.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "is_said"),
+    [
+        (("--cores", "3"), True),
+        (("--cores", "4"), False),
+        (("--cores", "3", "--set-threads", "train=3"), False),
+    ],
+)
+def test_threads_that_a_small_login_node_cuts_are_told(project: Path, options, is_said):
+    config = settings_file(with_command(project, "squeue"))
+    # Only jobs that run where the command was typed.
+    words = ("--executor", "slurm", "--jobs", "1", "--until", "write_settings")
+    ran = snakemake(project, "--configfile", str(config), *words, *options)
+    assert ran.returncode == 0, ran.stderr
+    said = "A training of tiny gets 3 of 4 threads, because this machine has no more cores"
+    assert (said in ran.stderr) == is_said
+
+
 def test_a_command_beside_a_living_one_on_another_machine_is_refused(project: Path):
     notice = project / ".snakemake/command-tiny.json"
     notice.parent.mkdir()

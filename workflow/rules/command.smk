@@ -130,10 +130,10 @@ def refuse_repeated_keys_of_the_profile():
 
 def say_where_threads_are_cut():
     """Warn where a cluster's jobs get fewer threads because the login node has few cores."""
+    if "train" in workflow.resource_settings.overwrite_threads:
+        return
     for experiment, settings in SETTINGS.items():
-        threads = workflow.resource_settings.overwrite_threads.get(
-            "train", threads_of_training_with(settings)
-        )
+        threads = threads_of_training_with(settings)
         if workflow.cores < threads:
             logger.warning(
                 f"A training of {experiment} gets {workflow.cores} of {threads} threads, because "
