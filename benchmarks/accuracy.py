@@ -112,6 +112,7 @@ CONTROLS_OF_PRODUCTS = [
     ),
 ]
 SELF = Method("3D teaches itself", "self", "cotrain", "3d")
+RANDOM = Method("3D, co-trained, 2D first, 2D from random weights", "random_2d", "cotrain", "3d")
 BAR = [
     Method("2D, labels only", "2d_first", "labels_only", "2d"),
     BASELINE,
@@ -130,6 +131,10 @@ BAR = [
     Method("3D, cross pseudo supervision with another 3D", "cross_pseudo", "cotrain", "3d"),
     Method("mean of two 3D, cross pseudo supervision", "cross_pseudo", "cotrain", "mean"),
     Method("3D taught by 2D, one way, 2D first", "one_way", "cotrain", "3d"),
+    RANDOM,
+    Method(
+        "mean of both, co-trained, 2D first, 2D from random weights", "random_2d", "cotrain", "mean"
+    ),
     Method("3D, recipe: paper", "paper", "cotrain", "3d"),
     Method("mean of both, recipe: paper", "paper", "cotrain", "mean"),
     Method("3D, labels first, in the epochs of 2D first", "labels_first_short", "cotrain", "3d"),
@@ -157,6 +162,7 @@ ORDERS = {
     "labels first": list(zip(CONTROLS_OF_PRODUCTS, PRODUCTS, strict=True)),
     "2D first": list(zip((BASELINE, MEAN_OF_LABELS), SHORTER, strict=True)),
     "no 2D, 3D teaches itself": [(CONTROLS_OF_PRODUCTS[0], SELF)],
+    "2D first, 2D from random weights": [(BASELINE, RANDOM)],
 }
 """What is trained first: each product, of 3D and of both, behind the same networks on labels alone
 in as many steps."""
