@@ -1090,6 +1090,20 @@ def test_a_key_that_stands_twice_is_refused(project: Path):
     assert "config.yaml has `rounds` twice" in refused(project, config)
 
 
+def test_a_target_of_another_experiment_is_refused(project: Path):
+    text = refused(project, settings_file(project), "--cores", "1", "results/mine/model/a.json")
+    assert "results/mine/model/a.json is of the experiment mine, but the settings are" in text
+
+
+def test_a_command_without_the_package_on_its_path_is_refused_before_any_step(project: Path):
+    words = [*SNAKEMAKE, "--configfile", str(settings_file(project)), "--cores", "1"]
+    nothing = {**os.environ, "PATH": "/usr/bin:/bin"}
+    ran = subprocess.run(words, cwd=project, env=nothing, capture_output=True, text=True)
+    assert ran.returncode != 0
+    assert "cotrain is not on the path, and all steps need it; activate" in ran.stderr
+    assert not (project / "results").exists()
+
+
 def test_needs_of_a_rule_that_there_is_not_are_refused(project: Path):
     text = refused(project, settings_file(project), "--set-resources", "trains:mem_mb=1")
     assert "for a rule `trains`, which there is not; did you mean `train`?" in text

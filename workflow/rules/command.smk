@@ -128,6 +128,29 @@ def refuse_repeated_keys_of_the_profile():
             raise WorkflowError(str(error)) from None
 
 
+def refuse_targets_of_another_experiment():
+    """Refuse a file of an experiment that the settings do not name: no rule makes it."""
+    known = {*SETTINGS, *([config["experiment"]] if GROUPS else [])}
+    for before, word in itertools.pairwise(sys.argv):
+        parts = Path(word).parts
+        # What follows an option directly is its value.
+        if parts[:1] == ("results",) and len(parts) > 2 and not before.startswith("-"):
+            if known and parts[1] not in known:
+                raise WorkflowError(
+                    f"{word} is of the experiment {parts[1]}, but the settings are those of "
+                    f"{', '.join(sorted(known))}; correct the target, or `experiment`."
+                )
+
+
+def refuse_a_path_without_the_package():
+    """Refuse to start where no job would find the command `cotrain`."""
+    if not (shutil.which("cotrain") or workflow.deployment_settings.deployment_method):
+        raise WorkflowError(
+            "The command cotrain is not on the path, and all steps need it; activate its "
+            "environment first (. .venv/bin/activate)."
+        )
+
+
 def say_where_threads_are_cut():
     """Warn where a cluster's jobs get fewer threads because the login node has few cores."""
     if "train" in workflow.resource_settings.overwrite_threads:
