@@ -487,12 +487,12 @@ def _look_next(folder: Path, *, logs: Path, outdated_before: dict[Path, float]) 
         "masks that taught": sorted(folder.glob(f"{CO_TRAINED}/round-*/audit/*.html"))[-2:],
         "logs": [logs],
     }
-    lines = [
-        f"{what}: {path}{_of_the_run_before(path, outdated_before)}"
-        for what, paths in places.items()
-        for path in paths
-        if path.exists()
-    ]
+    lines = []
+    for what, paths in places.items():
+        for path in (path for path in paths if path.exists()):
+            # Of the pages in a folder one may be made again, and another stay.
+            word = "" if path.suffix == ".html" else _of_the_run_before(path, outdated_before)
+            lines.append(f"{what}: {path}{word}")
     if any(folder.glob("*/round-*/train_*/tensorboard")):
         lines.append(f"curves: tensorboard --logdir {folder}")
     return lines or [f"nothing yet; start it: {_command_for(folder.name)}"]
