@@ -79,7 +79,7 @@ def test_a_row_changes_what_its_cells_say_and_nothing_else(tmp_path):
         ("experiment seed\none many\n", "experiment one: `seed` is 'many'"),
         ("experiment seed\n 1\n", "row without a name"),
         ("", "not a table that can be read"),
-        ("experiment seed\none 1\ntwo 2 3\n", "Expected 2 fields in line 3, saw 3"),
+        ("experiment seed\none 1\ntwo 2 3\n", "row 2: it has 3 cells, wanted 2 as in the heading"),
         ("experiment seed\none 1 \ntwo 2 \n", "more cells than the 2 headings"),
     ],
 )
