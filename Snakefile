@@ -57,8 +57,8 @@ include: "workflow/rules/report.smk"
 
 
 if workflow.is_main_process:
-    refuse_repeated_keys_of_the_profile()
     refuse_needs_of_no_rule()
+    refuse_walltimes_in_slurms_notation()
     refuse_targets_of_another_experiment()
     refuse_more_verdicts_than_a_command_holds()
     say_what_is_easily_missed()
@@ -68,6 +68,8 @@ onstart:
     if workflow.is_main_process:
         refuse_a_path_without_the_package()
         take_over_from_a_dead_command()
+        say_that_jobs_run_here()
+        say_where_threads_are_cut()
         say_how_gpus_are_used()
         remember_what_was_read()
         look_at_jobs_as_often_as_asked()

@@ -62,16 +62,20 @@ class Plan(NamedTuple):
         }
 
 
+def with_command(project: Path, name: str, script: str = "") -> Path:
+    """Return the project with a command on the path of its tests, which does nothing or so much."""
+    command = project / "bin" / name
+    command.parent.mkdir(exist_ok=True)
+    command.write_text(f"#!/bin/sh\n{script}")
+    command.chmod(0o755)
+    return project
+
+
 def snakemake(folder: Path, *options: str, **more_environment: str) -> subprocess.CompletedProcess:
     """Run Snakemake in `folder` with the stand-in for `cotrain` on the path."""
-    bin_folder = folder / "bin"
-    bin_folder.mkdir(exist_ok=True)
-    stand_in = bin_folder / "cotrain"
-    stand_in.write_text(
-        f'#!/bin/sh\nexec {sys.executable} -S {CLONE}/tests/workflow/stand_in.py "$@"\n'
-    )
-    stand_in.chmod(0o755)
-    path = f"{bin_folder}{os.pathsep}{os.environ['PATH']}"
+    stand_in = f'exec {sys.executable} -S {CLONE}/tests/workflow/stand_in.py "$@"\n'
+    with_command(folder, "cotrain", stand_in)
+    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
         [*SNAKEMAKE, *options],
         cwd=folder,
@@ -646,15 +650,6 @@ def test_a_command_notes_what_it_sets_out_to_make_again(finished: Path):
     }
     assert "results/tiny/cotrain/round-00/pseudo_3d" in noted
     assert "results/tiny/cotrain/round-00/pseudo_2d" not in noted
-
-
-def with_command(project: Path, name: str) -> Path:
-    """Return the project with a command on its path that does nothing."""
-    command = project / "bin" / name
-    command.parent.mkdir(exist_ok=True)
-    command.write_text("#!/bin/sh\n")
-    command.chmod(0o755)
-    return project
 
 
 def test_a_gpu_that_is_asked_for_and_not_there_is_told_at_once(project: Path):

@@ -144,6 +144,12 @@ def examined(task: tuple[dict[str, str], bool], *, labels: Mapping[str, int]) ->
     return case
 
 
+def _first_and_more(cases: Sequence[Case]) -> str:
+    """Return the name of the first case that has a problem, and how many more there are."""
+    others = f" (and {len(cases) - 1} more cases)" if len(cases) > 1 else ""
+    return f"case {cases[0].name}{others}"
+
+
 def problems_of(cases: Sequence[Case], labels: Mapping[str, int]) -> list[str]:
     """Return every problem as a sentence: those of the whole set first, as they explain others."""
     problems = []
@@ -152,9 +158,8 @@ def problems_of(cases: Sequence[Case], labels: Mapping[str, int]) -> list[str]:
     if many:
         values = many[0].unknown_values
         some = ", ".join(map(str, sorted(values)[:3]))
-        others = f" (and {len(many) - 1} more cases)" if len(many) > 1 else ""
         problems.append(
-            f"case {many[0].name}{others}: {next(iter(values.values()))} holds {len(values)} "
+            f"{_first_and_more(many)}: {next(iter(values.values()))} holds {len(values)} "
             f"values that are not among the labels {known}, such as {some}; give the label's path "
             "if it is an image, and else renumber the labels 1, 2, 3 ... without gaps and name "
             "them in the settings, or merge or remove them."
@@ -162,22 +167,20 @@ def problems_of(cases: Sequence[Case], labels: Mapping[str, int]) -> list[str]:
     few = [case for case in cases if len(case.unknown_values) <= MAX_UNKNOWN_VALUES]
     for value in sorted({value for case in few for value in case.unknown_values}):
         holders = [case for case in few if value in case.unknown_values]
-        others = f" (and {len(holders) - 1} more cases)" if len(holders) > 1 else ""
         remedy = (
             "add it to the settings, or correct the file"
             if value == len(labels) + 1
             else "renumber it in the file (values are 1, 2, 3 ... without gaps), or remove it"
         )
         problems.append(
-            f"case {holders[0].name}{others}: {holders[0].unknown_values[value]} holds the label "
+            f"{_first_and_more(holders)}: {holders[0].unknown_values[value]} holds the label "
             f"value {value}, and the known labels are {known}; {remedy}."
         )
     labelled = [case for case in cases if case.split == "labelled"]
     flat = [case for case in labelled if case.shape and min(case.shape) == 1]
     if flat:
-        others = f" (and {len(flat) - 1} more labelled cases)" if len(flat) > 1 else ""
         problems.append(
-            f"case {flat[0].name}{others}: the image is a single slice, of "
+            f"{_first_and_more(flat)}: the image is a single slice, of "
             f"{' x '.join(map(str, flat[0].shape))} voxels; give volumes, which nnU-Net plans 3D "
             "patches by."
         )

@@ -303,9 +303,10 @@ class Trainer:
         data = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"].to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
-        statistics = [each for each in self.network.buffers() if each.is_floating_point()]
         # The scaler leaves out a step that overflows, but batch norm has seen its numbers.
-        before = [each.clone() for each in statistics] if self.scaler.is_enabled() else []
+        buffers = self.network.buffers() if self.scaler.is_enabled() else []
+        statistics = [each for each in buffers if each.is_floating_point()]
+        before = [each.clone() for each in statistics]
         with autocast(self.device, self.precision):
             logits = self.compiled(data)
         loss = self.loss(logits, target)
@@ -315,7 +316,7 @@ class Trainer:
         nn.utils.clip_grad_norm_(learning, GRADIENT_NORM)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        for now, kept in zip(statistics, before, strict=False):
+        for now, kept in zip(statistics, before, strict=True):
             now.copy_(torch.where(now.isfinite(), now, kept))
         if self.average:
             # With the step, timm lets the average follow fast at first and forget the random start.

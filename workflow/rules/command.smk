@@ -105,7 +105,11 @@ def refuse_needs_of_no_rule():
             raise WorkflowError(f"{said}did you mean `{near[0]}`?")
         # A person's profile may serve other workflows, too.
         logger.warning(f"{said}there are {', '.join(sorted(rules))}.")
-    for name, needs in asked.overwrite_resources.items():
+
+
+def refuse_walltimes_in_slurms_notation():
+    """Refuse a walltime of more than a month, which is hardly meant."""
+    for name, needs in workflow.resource_settings.overwrite_resources.items():
         minutes = needs["runtime"].value if "runtime" in needs else 0
         if isinstance(minutes, int) and minutes > LONGEST_RUNTIME:
             raise WorkflowError(
@@ -114,23 +118,14 @@ def refuse_needs_of_no_rule():
             )
 
 
-def refuse_repeated_keys_of_the_profile():
-    """Refuse a profile with two `set-resources`, of which the first would go unheard."""
-    profile = os.environ.get("SNAKEMAKE_PROFILE", "")
-    for word, following in itertools.pairwise([*sys.argv, ""]):
-        if word.partition("=")[0] == "--profile":
-            profile = word.partition("=")[2] or following
-    path = Path(profile, "config.yaml")
-    if profile and path.is_file():
-        try:
-            refuse_repeated_keys(path)
-        except InputError as error:
-            raise WorkflowError(str(error)) from None
+def names_of_results():
+    """Return the names that folders of results have: of all experiments, and of their comparison."""
+    return [*SETTINGS, *([config["experiment"]] if GROUPS else [])]
 
 
 def refuse_targets_of_another_experiment():
     """Refuse a file of an experiment that the settings do not name: no rule makes it."""
-    known = {*SETTINGS, *([config["experiment"]] if GROUPS else [])}
+    known = names_of_results()
     for before, word in itertools.pairwise(sys.argv):
         parts = Path(word).parts
         # What follows an option directly is its value.
@@ -138,7 +133,7 @@ def refuse_targets_of_another_experiment():
             if known and parts[1] not in known:
                 raise WorkflowError(
                     f"{word} is of the experiment {parts[1]}, but the settings are those of "
-                    f"{', '.join(sorted(known))}; correct the target, or `experiment`."
+                    f"{', '.join(known)}; correct the target, or `experiment`."
                 )
 
 
@@ -151,9 +146,14 @@ def refuse_a_path_without_the_package():
         )
 
 
+def runs_here():
+    """Return whether jobs run on this machine, and not on a cluster's."""
+    return not workflow.executor_plugin.common_settings.non_local_exec
+
+
 def say_where_threads_are_cut():
     """Warn where a cluster's jobs get fewer threads because the login node has few cores."""
-    if "train" in workflow.resource_settings.overwrite_threads:
+    if runs_here() or "train" in workflow.resource_settings.overwrite_threads:
         return
     for experiment, settings in SETTINGS.items():
         threads = threads_of_training_with(settings)
@@ -167,7 +167,8 @@ def say_where_threads_are_cut():
 
 def say_that_jobs_run_here():
     """Warn of trainings on a cluster's login node, where --profile slurm was forgotten."""
-    if not shutil.which("sbatch") or "SLURM_JOB_ID" in os.environ:
+    may_be_forgotten = shutil.which("sbatch") and "SLURM_JOB_ID" not in os.environ
+    if not (runs_here() and may_be_forgotten):
         return
     if any(job.rule.name == "train" for job in workflow.dag.needrun_jobs()):
         logger.warning(
@@ -178,10 +179,8 @@ def say_that_jobs_run_here():
 
 def say_how_gpus_are_used():
     """Warn where this machine's jobs may share a GPU and its memory, or leave GPUs unused."""
-    if workflow.executor_plugin.common_settings.non_local_exec:
-        say_where_threads_are_cut()
+    if not runs_here():
         return
-    say_that_jobs_run_here()
     devices = {settings.compute.device for settings in SETTINGS.values()}
     if not shutil.which("nvidia-smi"):
         if "cuda" in devices:
@@ -232,12 +231,11 @@ def folders_to_make(experiment):
 
 def take_over_from_a_dead_command():
     """Refuse to run beside a living command; cancel what a dead one left in the cluster's queue."""
-    names = [*SETTINGS, *([config["experiment"]] if GROUPS else [])]
     # What the SLURM plugin calls all jobs of this command; a local executor has none.
     run = getattr(workflow.scheduler._executor, "run_uuid", "")
     try:
         take_over(
-            {name: folders_to_make(name) for name in names},
+            {name: folders_to_make(name) for name in names_of_results()},
             run=run,
             say=logger.warning,
         )
@@ -251,7 +249,7 @@ def look_at_jobs_as_often_as_asked():
     Version 2.8.0 of the SLURM plugin waits 10 s longer each time, up to 180 s, whatever that option
     says (its issue 319), so that the end of each step of a round is noticed late.
     """
-    if workflow.executor_plugin.common_settings.non_local_exec:
+    if not runs_here():
         executor = workflow.scheduler._executor
         longest = workflow.remote_execution_settings.seconds_between_status_checks
         executor.sleep = lambda: asyncio.sleep(

@@ -5,9 +5,11 @@ in the paths. A network is *taught* in a round where it also learns from masks o
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shlex
+import sys
 
 import pandas as pd
 
@@ -23,6 +25,16 @@ from cotrain.settings import (
     refuse_repeated_keys,
 )
 from snakemake.exceptions import WorkflowError
+
+
+def profile_asked_for():
+    """Return the file of the profile of this command, where it lies at the path that was given."""
+    profile = os.environ.get("SNAKEMAKE_PROFILE", "")
+    for word, following in itertools.pairwise([*sys.argv, ""]):
+        if word.partition("=")[0] == "--profile":
+            profile = word.partition("=")[2] or following
+    path = Path(profile, "config.yaml")
+    return [path] if profile and path.is_file() else []
 
 
 def checked_settings():
@@ -41,7 +53,7 @@ def checked_settings():
     source = ", ".join(map(os.path.relpath, workflow.configfiles)) or "--config"
     settings, groups = experiments_of(config, source=source)
     if workflow.is_main_process:
-        for path in workflow.configfiles:
+        for path in [*workflow.configfiles, *profile_asked_for()]:
             refuse_repeated_keys(path)
         for each in settings.values():
             refuse_missing_files(each, source=source)
