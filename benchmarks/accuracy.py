@@ -5,8 +5,8 @@
 
 `run` trains every method on every labelled set through the workflow, and stores the scores of each
 test case in benchmarks/accuracy.tsv and the true quality of all pseudo-masks in
-benchmarks/accuracy_masks.tsv. `report` redraws docs/accuracy_tables.md, docs/accuracy.png and the
-tables of docs/accuracy.md from them.
+benchmarks/accuracy_masks.tsv. `report` redraws docs/accuracy_tables.md, the pictures
+docs/accuracy*.png and the tables of docs/accuracy.md from them.
 
 Which cases are labelled moves a result more than the method does, so a method is judged over sets:
 of the cases that are not for testing, in the order of their names, set k labels the k-th block of
@@ -823,8 +823,45 @@ def draw(standings: dict[str, list[Standing]], path: Path) -> None:
         figure.savefig(temporary, dpi=130)
 
 
+def draw_by_number(by_data: dict[str, dict[int, list[Standing]]], path: Path) -> None:
+    """Draw the Dice of the built-in order beside its control, over the number of labelled cases.
+
+    by_data: a data set's title, and how the methods stand by the number of labelled cases.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * len(by_data), 3.8), layout="constrained")
+    for axes, (title, by_number) in zip(
+        figure.subplots(1, len(by_data), squeeze=False).flat, by_data.items(), strict=True
+    ):
+        named = {
+            place: {standing.method: standing.dice for standing in standings}
+            for place, standings in enumerate(by_number.values())
+        }
+        for line, marker, network, pair in zip(
+            ("-", "--"), "os", ("3D", "mean of both"), ORDERS["labels first"], strict=True
+        ):
+            for arm, colour, method in zip(
+                ("labels only", "co-trained"), ("0.5", "tab:blue"), pair, strict=True
+            ):
+                dice = {place: each[method] for place, each in named.items() if method in each}
+                means = [each.mean() for each in dice.values()]
+                label = f"{network}, {arm}"
+                axes.plot(list(dice), means, line, marker=marker, color=colour, label=label)
+                for place, each in dice.items():
+                    axes.plot([place] * len(each), each, marker, color=colour, alpha=0.3, ms=4)
+        for bound in [each[BOUND] for each in named.values() if BOUND in each][:1]:
+            axes.axhline(bound.mean(), color="0.7", linestyle=":", label="3D, all labels")
+        axes.set_xticks(range(len(by_number)), map(str, by_number))
+        axes.set(title=title, xlabel="labelled cases", ylabel="test Dice, %")
+        axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    with write_atomically(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
 def report(arguments: argparse.Namespace) -> None:
-    """Redraw docs/accuracy_tables.md, docs/accuracy.png and the tables of docs/accuracy.md."""
+    """Redraw docs/accuracy_tables.md, the pictures and the tables of docs/accuracy.md."""
     if not STORED.is_file():
         raise InputError(f"{STORED} is missing; make it with `accuracy.py run`.")
     stored = read_table(STORED)
@@ -834,7 +871,7 @@ def report(arguments: argparse.Namespace) -> None:
     tells = [f"{name}_tells" for name in ESTIMATES]
     of_masks = ["true_dice", *ESTIMATES, *tells, "set", "round"]
     masks[of_masks] = masks[of_masks].apply(pd.to_numeric)
-    parts, panels, blocks = [], {}, {}
+    parts, panels, blocks, by_data = [], {}, {}, {}
     is_bound = stored["experiment"] == BOUND.experiment
     for data in DATA:
         # All labels are the same cases beside any number of labelled ones.
@@ -844,6 +881,8 @@ def report(arguments: argparse.Namespace) -> None:
             labelled: standings_of(pd.concat([rows, bound]))
             for labelled, rows in others.groupby(others["labelled"].astype(int))
         }
+        if by_number:
+            by_data[DATA[data].title] = by_number
         if len(by_number) > 1:
             blocks[f"{data}_by_number"] = numbers_of(by_number)
             parts += [f"## {DATA[data].title}, by number of labelled cases", ""]
@@ -867,6 +906,7 @@ def report(arguments: argparse.Namespace) -> None:
     page = CLONE / "docs" / "accuracy.md"
     write_text(filled(page.read_text(), blocks), page)
     draw(panels, CLONE / "docs" / "accuracy.png")
+    draw_by_number(by_data, CLONE / "docs" / "accuracy_by_number.png")
 
 
 TABLES_PAGE = """# All tables of the accuracy benchmark

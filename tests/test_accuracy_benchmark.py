@@ -260,7 +260,8 @@ def test_a_report_holds_every_number_of_labels_against_the_one_bound(
     ]
     assert sum(line.startswith("| 3D, all labels | 0 1 | 81.0") for line in lines) == 2
     assert "| 2d_first | 1 | of 3D | 0 | 80.0 | 90.0 |  | 0.50 |  |" in lines
-    assert (tmp_path / "docs" / "accuracy.png").is_file()
+    for picture in ("accuracy.png", "accuracy_by_number.png"):
+        assert (tmp_path / "docs" / picture).is_file()
     page.write_text("<!-- table left_atrium_2 -->\n<!-- end -->\n")
     with pytest.raises(InputError, match="wants a table 'left_atrium_2'"):
         accuracy.report(SimpleNamespace())

@@ -251,9 +251,9 @@ class Compute(Section):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto",
         description="auto: fp16 autocast with gradient scaling on a GPU (as nnU-Net); on a CPU "
-        "that is faster with it (AMX; AMD's AVX-512 BF16), bf16 autocast in training; else fp32. Where "
-        "fp16 overflowed in inference, too, the model needs `cotrain predict`: on a GPU stock "
-        "nnUNetv2_predict always takes fp16.",
+        "that is faster with it (AMX; AMD's AVX-512 BF16), bf16 autocast in training; else fp32. "
+        "Where fp16 overflowed in inference, too, the model needs `cotrain predict`: on a GPU "
+        "stock nnUNetv2_predict always takes fp16.",
     )
     gpus_per_training: int = Field(
         1,
