@@ -153,6 +153,14 @@ def test_no_documented_command_takes_its_target_for_a_settings_file(page: str):
         assert re.findall(r"--configfile \S+ results/\S+", words) == [], each
 
 
+@pytest.mark.parametrize("page", ["*.md", "docs/*.md", "config/*.md", "results/*.md"])
+def test_no_table_is_torn_in_two(page: str):
+    """An empty line between two rows shows the rest of a table as text."""
+    for each in CLONE.glob(page):
+        for table in re.findall(r"(?:^\|.*\n?)+", each.read_text(), re.MULTILINE):
+            assert re.fullmatch(r"[|: -]+", table.splitlines()[1]), f"{each}: {table[:80]}"
+
+
 def test_the_pause_between_looks_at_a_clusters_jobs_is_the_executors_own_method():
     """The Snakefile exchanges it: `look_at_jobs_as_often_as_asked` in command.smk."""
     source = inspect.getsource(RemoteExecutor._wait_for_jobs)

@@ -28,7 +28,7 @@ from snakemake.exceptions import WorkflowError
 
 
 def profile_asked_for():
-    """Return the file of the profile of this command, where it lies at the path that was given."""
+    """Return the profile of this command in a list: none where the path given does not hold it."""
     profile = os.environ.get("SNAKEMAKE_PROFILE", "")
     for word, following in itertools.pairwise([*sys.argv, ""]):
         if word.partition("=")[0] == "--profile":
